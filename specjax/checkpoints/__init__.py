@@ -1,0 +1,34 @@
+"""Checkpoint files of other tools, opened into one interface: `open_checkpoint(path)`."""
+
+from pathlib import Path
+
+from specjax.checkpoints.base import Checkpoint
+from specjax.errors import CheckpointError
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a Hugging Face folder (dense or quantized) or a .gguf file; the format is found from
+    the files.
+
+    Configuration, completeness and sizes are checked here; weights are read one by one later.
+
+    Raises:
+        FileNotFoundError: the path, its config.json or its weights do not exist.
+        ConfigError: the model is of an unsupported kind; the field is named.
+        CheckpointError: a file is malformed, truncated or of an unknown kind.
+    """
+    from specjax.checkpoints import gguf, hf
+
+    if path.is_dir():
+        return hf.open_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if path.suffix == ".gguf":
+        return gguf.open_file(path)
+    raise CheckpointError(
+        f"{path}: expected a folder with a config.json, or a .gguf file; for a weight file, "
+        "pass the folder that holds it"
+    )
+
+
+__all__ = ["Checkpoint", "open_checkpoint"]

@@ -1,0 +1,144 @@
+"""Checkpoint folders in the Hugging Face layout: config.json, generation_config.json, weights;
+dense or quantized."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.checkpoints import source as sources
+from specjax.checkpoints.base import LinearFormat
+from specjax.config import DTYPES, ModelConfig
+from specjax.errors import CheckpointError, ConfigError
+from specjax.models.layers import Linear
+from specjax.quant.linear import QuantizedLinear
+
+_EMBEDDING = "model.embed_tokens.weight"
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+logger = logging.getLogger(__name__)
+
+
+class HFCheckpoint:
+    """A Hugging Face folder, or any tensors under Hugging Face names.
+
+    Attributes:
+        path: the folder.
+        config: the model's configuration.
+        format: "hf", or the quantized format's name.
+        source: the tensors as stored.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        source: sources.TensorSource,
+        linear_format: LinearFormat | None = None,
+    ):
+        self.path = path
+        self.config = config
+        self.source = source
+        self.format = "hf" if linear_format is None else linear_format.name
+        self._linear_format = linear_format
+        self._names = frozenset(source.names())
+
+    def has(self, name: str) -> bool:
+        return name in self._names
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A dense tensor in the dtype it is stored in, possibly a read-only view of the file."""
+        if self._linear_format is not None:
+            array = self._linear_format.tensor(self.source, name)
+            if array is not None:
+                sources.check_shape(array.shape, shape, name, self.path)
+                return array
+        if name not in self._names:
+            raise CheckpointError(f"{name} is missing from {self.path}")
+        sources.check_shape(self.source.shape(name), shape, name, self.path)
+        dtype = self.source.dtype(name)
+        if dtype.name not in _FLOATS:
+            raise CheckpointError(
+                f"{name} in {self.path} has dtype {dtype.name}, expected floating point: the weights "
+                f"are quantized, but config.json describes the format as {self.format!r}"
+            )
+        return self.source.read(name)
+
+    def linear(
+        self, prefix: str, out_features: int, in_features: int, bias: bool
+    ) -> Linear | QuantizedLinear:
+        if self._linear_format is not None:
+            shape = (out_features, in_features)
+            linear = self._linear_format.linear(self.source, prefix, *shape, bias)
+            if linear is not None:
+                return linear
+        weight = self.tensor(f"{prefix}.weight", (out_features, in_features))
+        values = self._bias(f"{prefix}.bias", out_features, bias)
+        return Linear(jnp.asarray(weight), None if values is None else jnp.asarray(values))
+
+    def _bias(self, name: str, out_features: int, expected: bool) -> np.ndarray | None:
+        if not expected and name not in self._names:
+            return None
+        values = self.tensor(name, (out_features,))
+        if expected:
+            return values
+        # Some converters write zeros for layers without a bias.
+        if np.any(values != 0):
+            raise CheckpointError(
+                f"{name} in {self.path} is not zero, but the configuration states no such bias"
+            )
+        return None
+
+
+def open_folder(path: Path) -> HFCheckpoint:
+    """Opens a folder with a config.json; no weight is read before the configuration has been
+    accepted.
+
+    Raises:
+        FileNotFoundError: config.json or the weights are missing.
+        ConfigError: the configuration asks for something not implemented.
+        CheckpointError: a file is malformed or truncated, or the quantized format is not supported.
+    """
+    from specjax.checkpoints import formats
+
+    gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf_files and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} has no config.json; pass one of {', '.join(gguf_files)}")
+    hf_config = sources.read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    generation_config = sources.read_json(generation) if generation.is_file() else None
+    try:
+        config = ModelConfig.from_hf(hf_config, generation_config)
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'config.json'}: {error}") from error
+    source = sources.open_source(path)
+    if not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
+        config = _stored_dtype(config, source)
+    quantization = _quantization_config(path, hf_config)
+    linear_format = formats.detect(quantization, source, hf_config)
+    if linear_format is None and quantization is not None:
+        raise CheckpointError(
+            f"{path}: quantization_config with quant_method = "
+            f"{quantization.get('quant_method')!r} is not supported"
+        )
+    checkpoint = HFCheckpoint(path, config, source, linear_format)
+    logger.info("%s: %s, format %s", path, config.architecture, checkpoint.format)
+    return checkpoint
+
+
+def _quantization_config(path: Path, hf_config: dict[str, Any]) -> dict[str, Any] | None:
+    """`quantization_config` of config.json, or the older separate quantize_config.json."""
+    if hf_config.get("quantization_config"):
+        return hf_config["quantization_config"]
+    separate = path / "quantize_config.json"
+    return sources.read_json(separate) if separate.is_file() else None
+
+
+def _stored_dtype(config: ModelConfig, source: sources.TensorSource) -> ModelConfig:
+    """Fills in a dtype that config.json does not state: the embedding's, as transformers does."""
+    if _EMBEDDING not in source.names() or source.dtype(_EMBEDDING).name not in DTYPES:
+        return config
+    return dataclasses.replace(config, dtype=source.dtype(_EMBEDDING).name)

@@ -1,0 +1,1 @@
+"""Drafters: who proposes the trees that the target verifies."""

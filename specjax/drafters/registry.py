@@ -1,0 +1,163 @@
+"""Drafters by name: a spec is a name or a nestable dict (JSON on command lines), the same for Python and binaries.
+
+To add a drafter: write its file next to this one, add a builder here. Nothing else changes.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+from specjax.checkpoints import heads, hub
+from specjax.drafters.base import Drafter
+from specjax.drafters.eagle import eagle
+from specjax.drafters.lm import LM
+from specjax.drafters.ngram import Ngram
+from specjax.drafters.none import NoDraft
+from specjax.drafters.self_draft import SelfDraft
+from specjax.errors import ConfigError
+
+Spec = str | dict[str, Any] | Drafter
+
+
+def _none(target) -> Drafter:
+    return NoDraft()
+
+
+def _ngram(target, draft_depth: int = 9, ngram_max: int = 4, ngram_min: int = 2) -> Drafter:
+    _positive(draft_depth=draft_depth, ngram_min=ngram_min)
+    if ngram_max < ngram_min:
+        raise ConfigError(f"{ngram_max=} is below {ngram_min=}")
+    return Ngram(draft_depth=draft_depth, ngram_max=ngram_max, ngram_min=ngram_min)
+
+
+def _lm(target, model: str, draft_depth: int = 4, scheme: str | None = None) -> Drafter:
+    _positive(draft_depth=draft_depth)
+    from specjax import loading  # which builds targets and so imports this module
+
+    draft = loading.load(model, dtype=target.dtype_name, scheme=scheme)
+    _same_tokenizer(target, draft)
+    return LM(model=draft.module, draft_depth=draft_depth)
+
+
+def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
+    _positive(draft_depth=draft_depth)
+    if scheme is not None:
+        target.module.with_scheme(scheme)  # refuses a target without such codes before anything is compiled
+    return SelfDraft(draft_depth=draft_depth, scheme=scheme)
+
+
+def _eagle(
+    target, model: str | None = None, draft_depth: int = 6, topk: int = 10, num_nodes: int = 60
+) -> Drafter:
+    path = model or target.default_head
+    if path is None:
+        raise ConfigError(
+            f"drafter 'eagle': no head ships for {target.name!r}; pass its directory "
+            "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
+        )
+    head = heads.load_head(hub.resolve(str(path)), target.module, target.name)
+    return eagle(head, draft_depth=draft_depth, topk=topk, num_nodes=num_nodes)
+
+
+_BUILDERS: dict[str, Callable[..., Drafter]] = {
+    "none": _none,
+    "ngram": _ngram,
+    "lm": _lm,
+    "self": _self,
+    "eagle": _eagle,
+}
+
+
+def kinds() -> tuple[str, ...]:
+    """Names of all drafters."""
+    return tuple(_BUILDERS)
+
+
+def options(kind: str) -> dict[str, Any]:
+    """Options of a kind with their defaults; required ones have `inspect.Parameter.empty`.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    if kind not in _BUILDERS:
+        raise ConfigError(f"drafter={kind!r}: supported are {', '.join(_BUILDERS)}")
+    parameters = inspect.signature(_BUILDERS[kind]).parameters
+    return {name: p.default for name, p in parameters.items() if name != "target"}
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A spec from a command line: a name, or a JSON object with `kind` and options.
+
+    Raises:
+        ConfigError: malformed JSON, unknown kind or option.
+    """
+    if not text.lstrip().startswith("{"):
+        spec = {"kind": text.strip()}
+    else:
+        try:
+            spec = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"drafter={text!r} is not valid JSON: {error}") from None
+    check(spec)
+    return spec
+
+
+def check(spec: dict[str, Any]) -> None:
+    """Checks a dict spec, nested ones included, without loading anything.
+
+    Raises:
+        ConfigError: no or unknown kind, unknown or missing option.
+    """
+    if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
+        raise ConfigError(f"drafter={spec!r}: expected an object with a 'kind'")
+    known = options(spec["kind"])
+    for name, value in spec.items():
+        if name == "kind":
+            continue
+        if name not in known:
+            raise ConfigError(
+                f"drafter {spec['kind']!r} has no option {name!r}; it has: {', '.join(known) or 'none'}"
+            )
+        if name == "inner":
+            check(value)
+    for name, default in known.items():
+        if default is inspect.Parameter.empty and name not in spec:
+            raise ConfigError(f"drafter {spec['kind']!r} needs the option {name!r}")
+
+
+def build(spec: Spec, target) -> Drafter:
+    """The drafter that a spec describes, for a loaded target (`specjax.LanguageModel`).
+
+    Raises:
+        ConfigError: the spec is malformed or does not fit the target.
+        CheckpointError: a draft checkpoint cannot be read or does not fit.
+    """
+    if not isinstance(spec, str | dict):
+        return spec
+    spec = parse(spec) if isinstance(spec, str) else dict(spec)
+    check(spec)
+    arguments = {name: value for name, value in spec.items() if name != "kind"}
+    return _BUILDERS[spec["kind"]](target, **arguments)
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
+
+
+def _same_tokenizer(target, draft) -> None:
+    """Refuses a draft model whose token ids mean something else."""
+    vocabularies = target.config.vocab_size, draft.config.vocab_size
+    if vocabularies[0] != vocabularies[1]:
+        raise ConfigError(
+            f"draft model {draft.name!r} has vocab_size {vocabularies[1]}, the target {target.name!r} has "
+            f"{vocabularies[0]}; they need the same tokenizer"
+        )
+    if target.tokenizer and draft.tokenizer:
+        if target.tokenizer.digest() != draft.tokenizer.digest():
+            raise ConfigError(
+                f"draft model {draft.name!r} has another tokenizer than the target {target.name!r} (same size, "
+                "other tokens); use a draft model of the same family"
+            )

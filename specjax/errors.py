@@ -1,0 +1,20 @@
+"""Errors that users meet: each names the field or tensor, the value found, and what to do.
+
+They derive from ValueError, so that code which does not know this package can still catch them.
+"""
+
+
+class SpecjaxError(ValueError):
+    """Base of all errors raised for bad input to this package."""
+
+
+class ConfigError(SpecjaxError):
+    """A configuration field has a value that is not supported."""
+
+
+class CheckpointError(SpecjaxError):
+    """A checkpoint file is missing, truncated, malformed, or does not match its configuration."""
+
+
+class CapacityError(SpecjaxError):
+    """A request does not fit the cache, the model's positions, or a drafter's limits."""

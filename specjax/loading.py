@@ -1,0 +1,64 @@
+"""`specjax.load`: from a path or name to a model that is ready to run."""
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from specjax import checkpoints, generate
+from specjax.checkpoints import hub
+from specjax.errors import ConfigError
+from specjax.models import llama
+from specjax.prepare import Dequantize, prepare
+
+_log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    path_or_name: str | Path,
+    *,
+    dtype: str | None = None,
+    scheme: str | None = None,
+    backend: str = "auto",
+    dequantize: Dequantize = "auto",
+    chat_template: str | None = None,
+    qserve_layernorm: bool = False,
+) -> "generate.LanguageModel":
+    """Loads a model.
+
+    Args:
+        path_or_name: a checkpoint directory, a .gguf file, the name of a model that ships ("smollm2-135m"), or a hub id
+            "org/name".
+        dtype: compute dtype; default: float32 on CPUs (which emulate the others), else what the checkpoint states.
+        scheme: activation scheme to run the checkpoint's codes under, e.g. "w4a8" for W4A16 codes.
+        backend: kernels; see `specjax.pallas.dispatch`.
+        dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes; "auto" decides by backend.
+        chat_template: a Jinja chat template to use instead of the model's own.
+        qserve_layernorm: run the layers' norms mean-centred, as QServe's kernels do, to compare with them.
+    Raises:
+        FileNotFoundError, ConfigError, CheckpointError: with the file, field or tensor.
+    """
+    from specjax import tokenizer
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"{dtype=}: supported are {', '.join(DTYPES)}")
+    path = hub.resolve(str(path_or_name))
+    checkpoint = checkpoints.open_checkpoint(path)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
+    module = llama.build(checkpoint, jnp.dtype(dtype))
+    if scheme is not None:
+        module = module.with_scheme(scheme)
+    if qserve_layernorm:
+        for layer in module.model.layers:
+            layer.input_layernorm.centered = layer.post_attention_layernorm.centered = True
+    return generate.LanguageModel(
+        name=str(path_or_name),
+        config=checkpoint.config,
+        module=prepare(module, backend, dequantize),
+        tokenizer=tokenizer.load(path, checkpoint, chat_template),
+        default_head=hub.default_head(str(path_or_name)),
+    )

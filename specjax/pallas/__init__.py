@@ -1,0 +1,1 @@
+"""The ops: one folder each, defined by `reference.py`, called through `api.py`."""

@@ -1,0 +1,33 @@
+"""Matmul of e4m3 or e2m1 inputs and e2m1 weights: the public op."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from specjax.pallas import dispatch, weights
+from specjax.pallas.matmul_fp4 import reference
+
+IMPLEMENTATIONS = (dispatch.Implementation(backend="xla", run=reference.matmul),)
+
+
+def matmul(
+    x_codes: Shaped[Array, "... K"],
+    x_scale: Float[Array, "... 1"],
+    weight: weights.QuantizedWeight,
+    *,
+    x_sums: Float[Array, "... G"] | None = None,
+    bias: Float[Array, "N"] | None = None,
+    out_dtype=jnp.float32,
+    backend: dispatch.Backend = "auto",
+) -> Float[Array, "... N"]:
+    """(x_codes * x_scale) W^T + bias in `out_dtype`, columns of x in the order of the codes.
+
+    `x_sums` are the group sums of the inputs before they were quantized; needed where the weight
+    has minima.
+
+    Raises:
+        SpecjaxError: `backend` is unknown, not implemented for this op, or refuses these arguments.
+    """
+    arguments = dict(x_sums=x_sums, bias=bias, out_dtype=out_dtype)
+    return dispatch.run(
+        "matmul_fp4", backend, IMPLEMENTATIONS, x_codes, x_scale, weight, **arguments
+    )

@@ -1,0 +1,1 @@
+"""Matmul of float inputs and 4-bit weights."""

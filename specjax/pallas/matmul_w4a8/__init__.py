@@ -1,0 +1,1 @@
+"""Matmul of int8 inputs and 4-bit integer weights."""

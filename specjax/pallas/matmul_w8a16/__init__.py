@@ -1,0 +1,1 @@
+"""Matmul of float inputs and 8-bit weights."""

@@ -1,0 +1,23 @@
+"""Matmul of float inputs and 8-bit weights: the public op."""
+
+from jaxtyping import Array, Float
+
+from specjax.pallas import dispatch, weights
+from specjax.pallas.matmul_w8a16 import reference
+
+IMPLEMENTATIONS = (dispatch.Implementation(backend="xla", run=reference.matmul),)
+
+
+def matmul(
+    x: Float[Array, "... K"],
+    weight: weights.QuantizedWeight,
+    *,
+    bias: Float[Array, "N"] | None = None,
+    backend: dispatch.Backend = "auto",
+) -> Float[Array, "... N"]:
+    """x W^T + bias in the dtype of x, columns of x in the order of the codes.
+
+    Raises:
+        SpecjaxError: `backend` is unknown, not implemented for this op, or refuses these arguments.
+    """
+    return dispatch.run("matmul_w8a16", backend, IMPLEMENTATIONS, x, weight, bias=bias)

@@ -1,0 +1,53 @@
+"""Attention of a block of tree or chain nodes over a KV cache: plain jnp; it defines the op and is the XLA backend."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def visible_slots(
+    capacity: int,
+    num_rows: int,
+    start: Int[Array, "B"],
+    prefix: Int[Array, "B"],
+    tail: Bool[Array, "B T W"] | None,
+) -> Bool[Array, "B T S"]:
+    """Which of the `capacity` slots each row sees (see `specjax.models.layers.Block` for the rule)."""
+    slots = jnp.arange(capacity, dtype=start.dtype)
+    if tail is None:
+        last = start[:, None] + jnp.arange(num_rows, dtype=start.dtype)
+        return slots[None, None] <= last[..., None]
+    offset = slots[None] - prefix[:, None]
+    width = tail.shape[-1]
+    index = jnp.broadcast_to(jnp.clip(offset, 0, width - 1)[:, None], (*tail.shape[:2], capacity))
+    in_tail = jnp.take_along_axis(tail, index, axis=-1)
+    in_tail &= ((offset >= 0) & (offset < width))[:, None]
+    return (offset < 0)[:, None] | in_tail
+
+
+def tree_attention(
+    q: Float[Array, "B T H C"],
+    keys: Float[Array, "B K S C"],
+    values: Float[Array, "B K S C"],
+    *,
+    start: Int[Array, "B"],
+    prefix: Int[Array, "B"],
+    tail: Bool[Array, "B T W"] | None,
+) -> Float[Array, "B T H C"]:
+    """softmax(q k^T / sqrt(C)) v with float32 scores; each query head h reads kv head h // (H / K).
+
+    Rows that see nothing get finite junk. Every row of a block sees at least its own slot.
+    """
+    batch, rows, heads, channels = q.shape
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    visible = visible_slots(capacity, rows, start, prefix, tail)
+    group = heads // kv_heads
+    grouped = q.reshape(batch, rows, kv_heads, group, channels).transpose(0, 2, 1, 3, 4)
+    grouped = grouped.reshape(batch, kv_heads, rows * group, channels)
+    scores = jnp.einsum("bkrc,bksc->bkrs", grouped, keys, preferred_element_type=jnp.float32)
+    mask = jnp.repeat(visible, group, axis=1)[:, None]
+    scores = jnp.where(mask, scores * channels**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkrs,bksc->bkrc", weights, values, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, rows, group, channels).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, rows, heads, channels).astype(q.dtype)

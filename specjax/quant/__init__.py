@@ -1,0 +1,1 @@
+"""Quantized linears: schemes, canonical form, packings, and how they are produced."""

@@ -1,0 +1,218 @@
+"""What a quantized linear multiplies: how its weights are coded and how its inputs are rounded.
+
+A scheme is a static value composed of two specifications, never a class or file of its own. Names
+such as `w4a8-qqq` are derived from the value; `SCHEMES` holds the documented ones and `lookup` also
+finds every supported combination (for example `w4a4-qqq`, the view of QQQ codes under 4-bit
+activations).
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from specjax import errors
+
+Kind = Literal["int", "float"]
+Levels = Literal["single", "qqq", "qoq"]
+
+_CODE_DTYPES = {
+    ("int", 4, True): jnp.int4,
+    ("int", 4, False): jnp.uint4,
+    ("int", 8, True): jnp.int8,
+    ("int", 8, False): jnp.uint8,
+    ("float", 8, True): jnp.float8_e4m3fn,
+    ("float", 4, True): jnp.float4_e2m1fn,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """How weights are coded.
+
+    Attributes:
+        kind: integer codes, or floating-point codes (e4m3 for 8 bits, e2m1 for 4).
+        bits: 4 or 8.
+        symmetric: codes are signed and zero is zero; otherwise they are unsigned and come with
+            zeros or minima.
+        levels: "single" multiplies codes by floating-point scales. "qqq" and "qoq" (integer, 4
+            bits) may have a second level whose result is an int8 weight; the formulas are in
+            `specjax.pallas.weights`.
+    """
+
+    kind: Kind = "int"
+    bits: int
+    symmetric: bool = True
+    levels: Levels = "single"
+
+    def __post_init__(self):
+        if (self.kind, self.bits, self.symmetric) not in _CODE_DTYPES:
+            raise errors.ConfigError(
+                f"weights of kind={self.kind!r}, bits={self.bits!r}, symmetric={self.symmetric!r} "
+                "are not supported; supported: int 4 and 8 bits (symmetric or not), "
+                "float 4 and 8 bits (symmetric)"
+            )
+        wanted = {"single": self.symmetric, "qqq": True, "qoq": False}.get(self.levels)
+        if wanted is not self.symmetric or (self.levels != "single" and self.bits != 4):
+            raise errors.ConfigError(
+                f"levels={self.levels!r} with bits={self.bits}, symmetric={self.symmetric} is not "
+                "supported; 'qqq' is symmetric 4 bits, 'qoq' asymmetric 4 bits, 'single' any"
+            )
+
+    @property
+    def code_dtype(self) -> jnp.dtype:
+        """The dtype of the codes: int4 and e2m1 arrays hold two per byte on the device."""
+        return jnp.dtype(_CODE_DTYPES[self.kind, self.bits, self.symmetric])
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """Smallest and largest code (largest finite magnitudes for floating-point codes)."""
+        info = jnp.finfo if self.kind == "float" else jnp.iinfo
+        return float(info(self.code_dtype).min), float(info(self.code_dtype).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSpec:
+    """How inputs are rounded: dynamically, one symmetric scale per token (row).
+
+    Attributes:
+        kind: integer codes, or floating-point codes (e4m3 for 8 bits, e2m1 for 4).
+        bits: 4 or 8.
+        scale_dtype: float32, or float16 for the arithmetic of QServe, which stores scales and row
+            sums in half precision.
+    """
+
+    kind: Kind = "int"
+    bits: int
+    scale_dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self):
+        if self.kind not in ("int", "float") or self.bits not in (4, 8):
+            raise errors.ConfigError(
+                f"activations of kind={self.kind!r}, bits={self.bits!r} are not supported; "
+                "supported: int or float, 4 or 8 bits, or None for unquantized"
+            )
+        if self.scale_dtype not in ("float32", "float16"):
+            raise errors.ConfigError(
+                f"activations scale_dtype={self.scale_dtype!r} is not supported; "
+                "supported: float32, float16"
+            )
+
+    @property
+    def code_dtype(self) -> jnp.dtype:
+        return jnp.dtype(_CODE_DTYPES[self.kind, self.bits, True])
+
+    @property
+    def levels(self) -> float:
+        """The code that the largest magnitude of a row maps to: 127, 7, 448 (e4m3) or 6 (e2m1)."""
+        info = jnp.finfo if self.kind == "float" else jnp.iinfo
+        return float(info(self.code_dtype).max)
+
+
+def _fit(weights: WeightSpec, activations: ActivationSpec | None) -> bool:
+    if activations is None:
+        return True
+    if weights.kind == "float":
+        return activations.kind == "float" and activations.bits >= weights.bits
+    return activations.kind == "int" and (weights.bits == 4 or weights.symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What a linear multiplies; without `activations` it is weight-only.
+
+    Attributes:
+        weights: how the stored codes are read.
+        activations: how inputs are rounded, or None.
+    """
+
+    weights: WeightSpec
+    activations: ActivationSpec | None = None
+
+    def __post_init__(self):
+        if not _fit(self.weights, self.activations):
+            raise errors.ConfigError(
+                f"weights {self.weights} cannot be multiplied by activations {self.activations}; "
+                "supported: equal kinds, float activations of at least the weights' bits, "
+                "symmetric codes for int 8-bit weights"
+            )
+
+    @property
+    def name(self) -> str:
+        """`w4a16`, `w4a8-qqq`, `fp8`, ...: equal schemes have equal names and the reverse."""
+        weights, bits = self.weights, 16 if self.activations is None else self.activations.bits
+        if weights.kind == "float":
+            plain = 8 if weights.bits == 8 else 16
+            name = f"fp{weights.bits}" + ("" if bits == plain else f"-a{bits}")
+        else:
+            name = f"w{weights.bits}a{bits}"
+            if weights.levels != "single":
+                name += f"-{weights.levels}"
+            elif not weights.symmetric:
+                name += "-asym"
+        half = self.activations is not None and self.activations.scale_dtype == "float16"
+        return name + ("-s16" if half else "")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _all_schemes() -> dict[str, Scheme]:
+    weights = [
+        WeightSpec(bits=8),
+        WeightSpec(bits=8, symmetric=False),
+        WeightSpec(bits=4),
+        WeightSpec(bits=4, symmetric=False),
+        WeightSpec(bits=4, levels="qqq"),
+        WeightSpec(bits=4, symmetric=False, levels="qoq"),
+        WeightSpec(kind="float", bits=8),
+        WeightSpec(kind="float", bits=4),
+    ]
+    specs = itertools.product(("int", "float"), (8, 4), ("float32", "float16"))
+    activations = [ActivationSpec(kind=k, bits=b, scale_dtype=d) for k, b, d in specs]
+    combinations = [
+        Scheme(weights=weight, activations=activation)
+        for weight, activation in itertools.product(weights, [None, *activations])
+        if _fit(weight, activation)
+    ]
+    return {scheme.name: scheme for scheme in combinations}
+
+
+_ALL = _all_schemes()
+
+SCHEMES: dict[str, Scheme] = {
+    name: _ALL[name]
+    for name in (
+        *("w8a16", "w4a16", "w4a16-asym", "w8a8", "w4a8", "w4a8-qqq", "w4a8-qoq", "w4a4"),
+        *("fp8", "fp8-a16", "fp4", "fp4-a8", "fp4-a4"),
+    )
+}
+
+
+def lookup(name: str) -> Scheme:
+    """The scheme of this name.
+
+    Raises:
+        ConfigError: there is none; the message lists the documented names.
+    """
+    if name not in _ALL:
+        raise errors.ConfigError(f"scheme={name!r} is unknown; known schemes: {', '.join(SCHEMES)}")
+    return _ALL[name]
+
+
+def check_group_size(in_features: int, group_size: int, name: str = "linear") -> int:
+    """The number of input features that share a scale; -1 stands for all of them (per channel).
+
+    Raises:
+        ConfigError: `group_size` does not divide `in_features`; the message lists group sizes that
+            do.
+    """
+    size = in_features if group_size == -1 else group_size
+    if size <= 0 or in_features % size:
+        fitting = [str(g) for g in (32, 64, 128, 256) if in_features % g == 0]
+        raise errors.ConfigError(
+            f"{name}: group_size={group_size} does not divide in_features={in_features}; "
+            f"group sizes that do: {', '.join([*fitting, '-1 (per channel)'])}"
+        )
+    return size

@@ -1,0 +1,53 @@
+"""The target's two passes: over a chunk of prompts and over a draft tree."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from specjax import tree as trees
+from specjax.cache import KVCache
+from specjax.models import layers
+from specjax.models.llama import ForwardOutput, Llama
+from specjax.tree import Tree
+
+
+def forward_chunk(
+    model: Llama, tokens: Int[Array, "B T"], start: Int[Array, "B"], cache: KVCache, needs
+) -> tuple[ForwardOutput, Float[Array, "B T A"] | None]:
+    """Runs consecutive tokens at positions start, start + 1, ...; returns the output and the features asked for."""
+    capture = needs if isinstance(needs, tuple) else ()
+    out = model(layers.causal_block(tokens, start), cache, capture)
+    return out, _features(out, needs)
+
+
+def forward_tree(
+    model: Llama, tree: Tree, cache: KVCache, lengths: Int[Array, "B"], needs
+) -> tuple[Float[Array, "B N V"], Float[Array, "B N A"] | None, KVCache, Tree]:
+    """Runs all nodes of a tree whose root stands at position `lengths`.
+
+    Node n is written to slot lengths + n and sees the committed text and its own ancestors.
+
+    Returns:
+        logits of every node, features of every node (None where none are needed), the cache, and the tree that the rows
+        belong to (the one sent; a target that prunes may return a subset).
+    """
+    capture = needs if isinstance(needs, tuple) else ()
+    if tree.is_chain:
+        block = layers.causal_block(tree.tokens, lengths)
+    else:
+        mask = trees.ancestor_mask(tree)
+        block = layers.Block(
+            tokens=tree.tokens,
+            positions=lengths[:, None] + trees.depths(mask),
+            start=lengths,
+            prefix=lengths,
+            tail=mask,
+        )
+    out = model(block, cache, capture)
+    return model.logits(out.hidden), _features(out, needs), out.cache, tree
+
+
+def _features(out: ForwardOutput, needs):
+    """The rows that a drafter needs: final-norm output, or the named layers' inputs side by side."""
+    if needs is None:
+        return None
+    return out.hidden if needs == "final" else jnp.concatenate(out.captured, axis=-1)
