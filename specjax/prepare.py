@@ -48,27 +48,30 @@ def prepare(model: Llama, backend: dispatch.Backend = "auto", dequantize: Dequan
 
 def _prepare_layer(layer: DecoderLayer, runtime) -> DecoderLayer:
     """One decoder layer with fused projections; `runtime` maps a linear to its run-time form."""
-    old, mlp = layer.self_attn, layer.mlp
-    attention = Attention(old.config, runtime(old.o_proj))
-    attention.qkv_proj, (attention.q_proj, attention.k_proj, attention.v_proj) = _fused(
-        old.qkv_proj, (old.q_proj, old.k_proj, old.v_proj), runtime
-    )
-    feed_forward = MLP(runtime(mlp.down_proj))
-    feed_forward.gate_up_proj, (feed_forward.gate_proj, feed_forward.up_proj) = _fused(
-        mlp.gate_up_proj, (mlp.gate_proj, mlp.up_proj), runtime
-    )
+    attention, mlp = layer.self_attn, layer.mlp
     return DecoderLayer(
-        attention, feed_forward, layer.input_layernorm, layer.post_attention_layernorm
+        Attention(
+            attention.config,
+            o_proj=runtime(attention.o_proj),
+            **_fused(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", runtime),
+        ),
+        MLP(
+            down_proj=runtime(mlp.down_proj),
+            **_fused(mlp, ("gate_proj", "up_proj"), "gate_up_proj", runtime),
+        ),
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
     )
 
 
-def _fused(done, parts, runtime):
-    """(fused linear, Nones), or (None, parts) where the parts cannot be fused."""
-    if done is not None:
-        return runtime(done), (None,) * len(parts)
-    parts = tuple(runtime(part) for part in parts)
-    fused = view.fuse(parts)
-    return (None, parts) if fused is None else (fused, (None,) * len(parts))
+def _fused(module, names: tuple[str, ...], fused_name: str, runtime) -> dict:
+    """The projections of a module in run-time form: one fused linear, or all parts where they cannot be fused."""
+    fused = getattr(module, fused_name)
+    if fused is not None:
+        return {fused_name: runtime(fused)}
+    parts = {name: runtime(getattr(module, name)) for name in names}
+    fused = view.fuse(tuple(parts.values()))
+    return parts if fused is None else {fused_name: fused}
 
 
 def weight_bytes(model) -> int:

@@ -1,7 +1,7 @@
 """What a model needs from a checkpoint, whatever its format."""
 
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from specjax.models.layers import Linear
 from specjax.quant.linear import QuantizedLinear
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Named parameters of a model, in Hugging Face names and orientation.
 
@@ -48,6 +49,7 @@ class Checkpoint(Protocol):
         ...
 
 
+@runtime_checkable
 class LinearFormat(Protocol):
     """A quantized layout of linears inside a Hugging Face folder; registered in
     `checkpoints/formats.py`."""
@@ -57,7 +59,7 @@ class LinearFormat(Protocol):
     @classmethod
     def detect(
         cls, quantization_config: dict | None, source: TensorSource, hf_config: dict
-    ) -> Self | None:
+    ) -> "LinearFormat | None":
         """The format with its settings if this checkpoint is of it; refuses settings by field
         name."""
         ...

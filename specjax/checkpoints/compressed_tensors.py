@@ -230,7 +230,9 @@ def _read_scales(
         return tensors.read(source, name, tensors.FLOATS, table)
     scales = tensors.read(source, name, tensors.FLOATS, tuple(source.shape(name)))
     if per_tensor and scales.size != 1:
-        raise CheckpointError(f"{name}: shape is {list(scales.shape)}, strategy=tensor needs one value")
+        raise CheckpointError(
+            f"{name}: shape is {list(scales.shape)}, strategy=tensor needs one value"
+        )
     return np.array(np.broadcast_to(scales.reshape(-1, 1), table))
 
 
@@ -286,6 +288,11 @@ def pack_codes(
     bytes_ = np.pad(bytes_, ((0, 0), (0, padding)))
     packed = packing.pack_nibbles(bytes_) if bits == 4 else bytes_
     return np.ascontiguousarray(packed).view(np.int32)
+
+
+def check_linear(linear: QuantizedLinear, prefix: str) -> None:
+    """Raises CheckpointError unless the scheme has one level, no minima, and a kind that the format holds."""
+    _layout(linear, prefix)
 
 
 def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:

@@ -136,7 +136,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     names = file.names()
     stop = ("eos_token_id", "eot_token_id", "eom_token_id")
     stop_ids = [file.metadata.get(f"tokenizer.ggml.{key}") for key in stop]
-    # A quantized file does not state a compute dtype: bfloat16 has the range of the original weights.
+    # A quantized file states no compute dtype: bfloat16 has the range of the original weights.
     dtypes = {"F16": "float16", "F32": "float32"}
     fields = {
         "architectures": [metadata.architecture],
@@ -248,8 +248,8 @@ def _rope_from_factors(file: GGUFFile, rope: RopeConfig, head_dim: int) -> RopeC
         if rope.kind == "default" and np.allclose(factors, expected, rtol=1e-4):
             return candidate
     raise ConfigError(
-        f"{file.path}: the frequency divisors in {_ROPE_FACTORS} (largest {factors.max():g}) are not "
-        f"those of Llama 3 rope scaling with low_freq_factor = {candidate.low_freq_factor:g}, "
+        f"{file.path}: the frequency divisors in {_ROPE_FACTORS} (largest {factors.max():g}) are "
+        f"not those of Llama 3 rope scaling with low_freq_factor = {candidate.low_freq_factor:g}, "
         f"high_freq_factor = {candidate.high_freq_factor:g} and "
         f"original_max_position_embeddings = {candidate.original_max_position_embeddings}"
     )

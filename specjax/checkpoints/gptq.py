@@ -94,9 +94,7 @@ class GPTQFormat:
         words = tensors.read(
             source, f"{prefix}.qweight", [np.int32], (in_features // per_word, out_features)
         )
-        scales = tensors.read(
-            source, f"{prefix}.scales", tensors.FLOATS, (groups, out_features)
-        )
+        scales = tensors.read(source, f"{prefix}.scales", tensors.FLOATS, (groups, out_features))
         zeros = settings._zeros(source, prefix, groups, out_features)
         symmetric = settings._is_symmetric(zeros, f"{prefix}.qzeros")
         perm = settings._perm(source, prefix, in_features, group_size)
@@ -183,7 +181,9 @@ def pack_codes(
     codes: Shaped[np.ndarray, "N K"], bits: int, symmetric: bool
 ) -> Int[np.ndarray, "Kp N"]:
     """Inverse of `unpack_codes`."""
-    packed = packing.pack_nibbles(codes) if bits == 4 else np.ascontiguousarray(codes).view(np.uint8)
+    packed = (
+        packing.pack_nibbles(codes) if bits == 4 else np.ascontiguousarray(codes).view(np.uint8)
+    )
     if symmetric:
         packed = packed ^ np.uint8(0x88 if bits == 4 else 0x80)
     return np.ascontiguousarray(packed.view(np.int32).T)
@@ -212,21 +212,27 @@ def pack_zeros(
     return words.view(np.int32)
 
 
+def check_linear(linear: QuantizedLinear, prefix: str) -> None:
+    """Raises CheckpointError unless the linear is weight-only W4 or W8, without minima, in whole words."""
+    spec = linear.scheme.weights
+    one_level = spec.levels == "single" and linear.minima is None
+    if spec.kind != "int" or not one_level or linear.scheme.activations is not None:
+        raise CheckpointError(
+            f"{prefix}: scheme {linear.scheme.name} does not fit format gptq; it holds w4a16 and w8a16 (symmetric or "
+            "with zeros)"
+        )
+    rows, columns = linear.codes.shape
+    tensors.divisible(prefix, 32 // spec.bits, _PACKED, in_features=columns, out_features=rows)
+
+
 def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     """The four tensors of one linear (plus its bias), as GPTQModel writes version 1.
 
     Raises:
-        CheckpointError: the linear is not weight-only-representable integer W4 or W8 with zeros, or N, K are not
-            divisible by the codes of a word.
+        CheckpointError: the format cannot hold the linear, or float16 its scales.
     """
-    spec = linear.scheme.weights
-    if spec.kind != "int" or spec.levels != "single" or linear.minima is not None:
-        raise CheckpointError(
-            f"{prefix}: scheme {linear.scheme.name} does not fit format gptq; it holds w4a16 and w8a16 "
-            "(symmetric or with zeros)"
-        )
-    bits, (rows, columns) = spec.bits, linear.codes.shape
-    tensors.divisible(prefix, 32 // bits, _PACKED, in_features=columns, out_features=rows)
+    check_linear(linear, prefix)
+    spec, bits, columns = linear.scheme.weights, linear.scheme.weights.bits, linear.in_features
     codes = tensors.codes_to_host(linear.codes)
     g_idx = (np.arange(columns) // linear.group_size).astype(np.int32)
     if linear.perm is not None:
@@ -248,7 +254,9 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     return packed
 
 
-def quantization_config(linears: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def quantization_config(
+    linears: dict[str, QuantizedLinear], dense: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """`quantization_config` for linears by prefix.
 
     Raises:

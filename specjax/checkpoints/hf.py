@@ -62,8 +62,8 @@ class HFCheckpoint:
         dtype = self.source.dtype(name)
         if dtype.name not in _FLOATS:
             raise CheckpointError(
-                f"{name} in {self.path} has dtype {dtype.name}, expected floating point: the weights "
-                f"are quantized, but config.json describes the format as {self.format!r}"
+                f"{name} in {self.path} has dtype {dtype.name}, expected floating point: the "
+                f"weights are quantized, but config.json describes the format as {self.format!r}"
             )
         return self.source.read(name)
 
@@ -117,13 +117,7 @@ def open_folder(path: Path) -> HFCheckpoint:
     source = sources.open_source(path)
     if not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
         config = _stored_dtype(config, source)
-    quantization = _quantization_config(path, hf_config)
-    linear_format = formats.detect(quantization, source, hf_config)
-    if linear_format is None and quantization is not None:
-        raise CheckpointError(
-            f"{path}: quantization_config with quant_method = "
-            f"{quantization.get('quant_method')!r} is not supported"
-        )
+    linear_format = formats.detect(_quantization_config(path, hf_config), source, hf_config)
     checkpoint = HFCheckpoint(path, config, source, linear_format)
     logger.info("%s: %s, format %s", path, config.architecture, checkpoint.format)
     return checkpoint

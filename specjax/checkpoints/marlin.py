@@ -18,7 +18,9 @@ QSERVE_TILE = 32
 
 SCALE_ORDER_GROUPED = np.arange(64).reshape(8, 8).T.reshape(-1)
 """Column j of a stored block of 64 group scales is the true column SCALE_ORDER_GROUPED[j]."""
-SCALE_ORDER_CHANNEL = (2 * np.arange(4)[:, None] + np.array([0, 1, 8, 9, 16, 17, 24, 25])).reshape(-1)
+SCALE_ORDER_CHANNEL = (2 * np.arange(4)[:, None] + np.array([0, 1, 8, 9, 16, 17, 24, 25])).reshape(
+    -1
+)
 """The same for blocks of 32 per-channel scales."""
 
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)

@@ -163,7 +163,7 @@ class _Unpickler(pickle.Unpickler):
         if function is None:
             raise CheckpointError(
                 f"{self._path} is refused: its pickle asks for {module}.{name}, and only plain "
-                "tensors are read. If you trust it, save its state dict as safetensors and load that"
+                "tensors are read. If you trust it, save its state dict as safetensors instead"
             )
         # A fresh closure each time: a pickle can set attributes of what it was given.
         return lambda *args: function(*args)
@@ -221,6 +221,6 @@ def _not_a_zip(path: Path) -> str:
     if start == b"\x80":
         return (
             f"{path} is a pickle in the format of torch < 1.6, which is not read; save it again "
-            "with torch.save(torch.load(path, weights_only=True), path), or convert it to safetensors"
+            "by torch.save(torch.load(path, weights_only=True), path), or convert it to safetensors"
         )
     return f"{path} is truncated or was not written by torch.save; copy or download it again"

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from specjax.checkpoints import marlin, tensors
 from specjax.checkpoints.source import TensorSource
@@ -61,9 +61,7 @@ class QQQFormat:
         words = tensors.read(
             source, f"{prefix}.B", [np.int32], (in_features // 16, 2 * out_features)
         )
-        s_channel = tensors.read(
-            source, f"{prefix}.s_channel", tensors.FLOATS, (1, out_features)
-        )
+        s_channel = tensors.read(source, f"{prefix}.s_channel", tensors.FLOATS, (1, out_features))
         s_group = self.read_group_scales(source, prefix, out_features, in_features)
         bias_array = tensors.read_bias(source, prefix, out_features, bias)
         return unpack_linear(words, s_channel, s_group, bias_array)
@@ -100,7 +98,7 @@ def unpack_linear(
     words: Shaped[np.ndarray, "K16 N2"],
     s_channel: Float[np.ndarray, "1 N"],
     s_group: Float[np.ndarray, "G N"] | None,
-    bias: Shaped[Any, "N"] | None,
+    bias: Shaped[Array, "N"] | None,
     rows: slice = slice(None),
 ) -> QuantizedLinear:
     """The linear of one `B` with its scales, all as stored; only its outputs `rows`."""
@@ -125,24 +123,30 @@ def unpack_linear(
     )
 
 
-def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
-    """The three tensors of one linear (plus its bias).
-
-    Raises:
-        CheckpointError: not a QQQ linear (symmetric 4 bits per channel, or groups of 128 with a second level), or not
-            whole tiles.
-    """
-    spec, (rows, columns) = linear.scheme.weights, linear.codes.shape
-    grouped = linear.channel_scales is not None
-    one_level = spec.levels in ("qqq", "single") and linear.group_size == columns
-    two_level = spec.levels == "qqq" and grouped and linear.group_size == GROUP_SIZE
-    fits = spec.kind == "int" and spec.bits == 4 and spec.symmetric and linear.perm is None
-    if not fits or not (two_level or (one_level and not grouped)):
+def check_linear(linear: QuantizedLinear, prefix: str) -> None:
+    """Raises CheckpointError unless the linear is W4A8, per channel or two-level g128, in whole tiles."""
+    spec, activations = linear.scheme.weights, linear.scheme.activations
+    if linear.channel_scales is not None:
+        levels = spec.levels == "qqq" and linear.group_size == GROUP_SIZE
+    else:
+        levels = linear.group_size == linear.in_features
+    coded = spec.kind == "int" and spec.bits == 4 and spec.symmetric and linear.perm is None
+    if not (levels and coded and activations is not None and activations.bits == 8):
         raise CheckpointError(
             f"{prefix}: scheme {linear.scheme.name} with group_size={linear.group_size} does not fit format qqq; "
             "it holds w4a8-qqq per channel or in groups of 128"
         )
-    check_tiles(prefix, rows, columns)
+    check_tiles(prefix, *linear.codes.shape)
+
+
+def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
+    """The three tensors of one linear (plus its bias).
+
+    Raises:
+        CheckpointError: the format cannot hold the linear, or float16 its group scales.
+    """
+    check_linear(linear, prefix)
+    grouped = linear.channel_scales is not None
     codes = tensors.codes_to_host(linear.codes)
     empty = np.zeros((0,), np.float16)
     channel = linear.channel_scales if grouped else linear.scales[:, 0]
@@ -161,7 +165,9 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     return packed
 
 
-def quantization_config(linears: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def quantization_config(
+    linears: dict[str, QuantizedLinear], dense: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """`quantization_config` for linears by prefix.
 
     Raises:
@@ -169,7 +175,9 @@ def quantization_config(linears: dict[str, QuantizedLinear]) -> dict[str, Any]:
     """
     sizes = {GROUP_SIZE if linear.channel_scales is not None else -1 for linear in linears.values()}
     if len(sizes) != 1:
-        raise CheckpointError("format qqq holds one group_size, the model has linears of both kinds")
+        raise CheckpointError(
+            "format qqq holds one group_size, the model has linears of both kinds"
+        )
     return {
         "bits": 4,
         "checkpoint_format": "qqq",

@@ -198,52 +198,68 @@ def _stays_in_int8(
     return (grouped.min(-1) * scales + offset >= -128) & (grouped.max(-1) * scales + offset <= 127)
 
 
-def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
-    """The tensors of one linear (plus its bias); second-level columns in OmniServe's order.
+def _kind(linear: QuantizedLinear) -> Literal["w8a8", "channel", "grouped"] | None:
+    """Which of the three forms holds a linear, if any."""
+    spec, activations = linear.scheme.weights, linear.scheme.activations
+    if (
+        spec.kind != "int"
+        or linear.perm is not None
+        or activations is None
+        or activations.bits != 8
+    ):
+        return None
+    if linear.group_size == linear.in_features and spec.bits == 8 and spec.symmetric:
+        return "w8a8"
+    if linear.group_size == linear.in_features and linear.minima is not None:
+        return "channel"
+    two_level = spec.levels == "qoq" and linear.channel_scales is not None
+    return "grouped" if two_level and linear.group_size == GROUP_SIZE else None
 
-    Raises:
-        CheckpointError: neither W8A8 nor QoQ, or the wrong group size, or not whole tiles.
-    """
-    spec, columns = linear.scheme.weights, linear.in_features
-    kind = (spec.kind, spec.bits, linear.minima is not None, linear.channel_scales is not None)
-    one_scale = linear.group_size == columns and linear.perm is None
 
-    def half(field: str) -> np.ndarray:
-        return tensors.to_half(getattr(linear, field), f"{prefix}.{field}")
-
-    if kind == ("int", 8, False, False) and spec.symmetric and one_scale:
-        packed = {"weight": np.asarray(linear.codes), "dequant_scale": half("scales")[:, 0]}
-    elif kind == ("int", 4, True, False) and one_scale:
-        packed = {
-            "qweight": _pack_codes(linear, prefix),
-            "s1_scales": half("scales")[:, 0],
-            "s1_szeros": -half("minima")[:, 0],
-        }
-    elif spec.levels == "qoq" and linear.group_size == GROUP_SIZE and linear.perm is None:
-        order = S2_ORDERS["omniserve"]
-        packed = {
-            "qweight": _pack_codes(linear, prefix),
-            "s1_scales": half("channel_scales"),
-            "s2_scales": marlin.permute_columns(np.asarray(linear.scales).T, order),
-            "s2_zeros": marlin.permute_columns(np.asarray(linear.zeros).T, order),
-        }
-    else:
+def check_linear(linear: QuantizedLinear, prefix: str) -> None:
+    """Raises CheckpointError unless the linear is W8A8 or QoQ of a supported group size, in whole tiles."""
+    kind = _kind(linear)
+    if kind is None:
         raise CheckpointError(
             f"{prefix}: scheme {linear.scheme.name} with group_size={linear.group_size} does not fit format qserve; "
             "it holds w8a8 per channel, and w4a8-qoq per channel or in groups of 128"
         )
+    if kind != "w8a8":
+        rows, columns = linear.codes.shape
+        tensors.divisible(prefix, 32, "side of a tile", out_features=rows, in_features=columns)
+
+
+def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
+    """The tensors of one linear (plus its bias); second-level columns in OmniServe's order.
+
+    Raises:
+        CheckpointError: the format cannot hold the linear, or float16 its scales.
+    """
+    check_linear(linear, prefix)
+    kind = _kind(linear)
+
+    def half(field: str) -> np.ndarray:
+        return tensors.to_half(getattr(linear, field), f"{prefix}.{field}")
+
+    codes = tensors.codes_to_host(linear.codes)
+    packed = {"weight": codes} if kind == "w8a8" else {"qweight": marlin.pack_qserve(codes)}
+    if kind == "w8a8":
+        packed["dequant_scale"] = half("scales")[:, 0]
+    elif kind == "channel":
+        packed |= {"s1_scales": half("scales")[:, 0], "s1_szeros": -half("minima")[:, 0]}
+    else:
+        order = S2_ORDERS["omniserve"]
+        packed["s1_scales"] = half("channel_scales")
+        for part, array in {"s2_scales": linear.scales, "s2_zeros": linear.zeros}.items():
+            packed[part] = marlin.permute_columns(np.asarray(array).T.astype(np.int8), order)
     if linear.bias is not None:
         packed["bias"] = np.asarray(linear.bias)
     return {f"{prefix}.{part}": np.ascontiguousarray(array) for part, array in packed.items()}
 
 
-def _pack_codes(linear: QuantizedLinear, prefix: str) -> Int[np.ndarray, "N K2"]:
-    rows, columns = linear.codes.shape
-    tensors.divisible(prefix, 32, "side of a tile", out_features=rows, in_features=columns)
-    return marlin.pack_qserve(tensors.codes_to_host(linear.codes))
-
-
-def quantization_config(linears: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def quantization_config(
+    linears: dict[str, QuantizedLinear], dense: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """`quantization_config` that states what DeepCompressor leaves to the reader."""
     grouped = any(linear.channel_scales is not None for linear in linears.values())
     return {

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -59,6 +59,7 @@ _CHUNK = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Tensors by name. `read` may return a read-only view of a memory-mapped file."""
 

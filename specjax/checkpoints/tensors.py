@@ -20,6 +20,10 @@ from specjax.quant.scheme import Scheme
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
+_FOUR_BITS = tuple(
+    np.dtype(dtype) for dtype in (ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.float4_e2m1fn)
+)
+
 
 def has(source: TensorSource, name: str) -> bool:
     """Whether the checkpoint holds a tensor of this name."""
@@ -71,7 +75,9 @@ def read_bias(
     if expected:
         return jnp.asarray(bias)
     if np.any(bias != 0):
-        raise CheckpointError(f"{name}: not zero, but the configuration says this linear has no bias")
+        raise CheckpointError(
+            f"{name}: not zero, but the configuration says this linear has no bias"
+        )
     return None
 
 
@@ -101,8 +107,7 @@ def codes_to_device(codes: Shaped[np.ndarray, "N K"], scheme: Scheme) -> Shaped[
 def codes_to_host(codes: Shaped[Array, "N K"]) -> Shaped[np.ndarray, "N K"]:
     """Downloads codes; 4-bit ones come as uint8 bit patterns 0..15, others in their own dtype."""
     host = np.asarray(jax.device_get(codes))
-    four_bits = host.dtype in [np.dtype(d) for d in (ml_dtypes.int4, ml_dtypes.uint4)]
-    return host.view(np.uint8) & 15 if four_bits else host
+    return host.view(np.uint8) & 15 if host.dtype in _FOUR_BITS else host
 
 
 def group_order(

@@ -72,14 +72,15 @@ def build(checkpoint, dtype) -> EagleHead:
             checkpoint, f"{prefix}.post_attention_layernorm", dtype
         ),
     )
-    fc_bias = checkpoint.has("fc.bias")
-    head = EagleHead(
-        config, llama.build_linear(checkpoint, "fc", hidden, 2 * hidden, fc_bias, dtype), layer
-    )
+    own = {}
     if checkpoint.has("rms_norm_rotation.weight"):
         rotation = checkpoint.tensor("rms_norm_rotation.weight", (hidden, hidden))
-        head.rotation = nn.Linear(jnp.asarray(rotation, dtype))
         table = checkpoint.tensor("embed_tokens.weight", (vocab, hidden))
-        head.embed_tokens = nn.Embedding(jnp.asarray(table, dtype))
-        head.lm_head = llama.build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype)
-    return head
+        own = {
+            "rotation": nn.Linear(jnp.asarray(rotation, dtype)),
+            "embed_tokens": nn.Embedding(jnp.asarray(table, dtype)),
+            "lm_head": llama.build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype),
+        }
+    has_bias = checkpoint.has("fc.bias")
+    fc = llama.build_linear(checkpoint, "fc", hidden, 2 * hidden, has_bias, dtype)
+    return EagleHead(config, fc, layer, **own)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax import cache as kv
 from specjax.config import ModelConfig, RopeConfig
+from specjax.pallas import matmul_dense
 from specjax.pallas.tree_attention import api as attention_op
 
 
@@ -59,16 +60,8 @@ class Linear(nnx.Module):
         return self.weight.shape[1]
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
-        y = project(x, self.weight[...])
+        y = matmul_dense.matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
-
-
-def project(x: Float[Array, "... K"], weight: Float[Array, "N K"]) -> Float[Array, "... N"]:
-    """x W^T, accumulated in float32, in the dtype of x."""
-    y = jnp.einsum(
-        "...k,nk->...n", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
-    )
-    return y.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -123,10 +116,19 @@ class Attention(nnx.Module):
     Holds either `q_proj`, `k_proj`, `v_proj` (canonical) or the fused `qkv_proj` (after `prepare`).
     """
 
-    def __init__(self, config: ModelConfig, o_proj, q_proj=None, k_proj=None, v_proj=None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        o_proj,
+        q_proj=None,
+        k_proj=None,
+        v_proj=None,
+        qkv_proj=None,
+    ):
         self.config = config
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
-        self.qkv_proj = None
+        self.q_proj, self.k_proj, self.v_proj, self.qkv_proj = q_proj, k_proj, v_proj, qkv_proj
+        self.o_proj = o_proj
 
     def project_qkv(self, x: Float[Array, "B T D"]):
         """Queries [B, T, H, C], keys and values [B, T, K, C], before the rotary embedding."""
@@ -155,9 +157,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward; holds `gate_proj` and `up_proj`, or the fused `gate_up_proj` (after `prepare`)."""
 
-    def __init__(self, down_proj, gate_proj=None, up_proj=None):
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.gate_up_proj = None
+    def __init__(self, *, down_proj, gate_proj=None, up_proj=None, gate_up_proj=None):
+        self.gate_proj, self.up_proj, self.gate_up_proj = gate_proj, up_proj, gate_up_proj
+        self.down_proj = down_proj
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.gate_up_proj is None:

@@ -15,6 +15,7 @@ from specjax import cache as kv
 from specjax.config import ModelConfig
 from specjax.models import layers as nn
 from specjax.models.layers import Block
+from specjax.pallas import matmul_dense
 from specjax.quant import view
 
 
@@ -79,7 +80,7 @@ class Llama(nnx.Module):
         """Output head on final-norm rows; float32."""
         if self.lm_head is None:
             table = self.model.embed_tokens.weight[...]
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+            return matmul_dense.matmul(hidden, table, jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
 
     def with_scheme(self, scheme: str) -> "Llama":

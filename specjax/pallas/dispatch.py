@@ -31,7 +31,7 @@ class Implementation:
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
-def run(op: str, backend: Backend, implementations: Sequence[Implementation], *args, **kwargs):
+def run(op: str, backend: str, implementations: Sequence[Implementation], *args, **kwargs):
     """Runs `op` on `backend`, or with "auto" on the first implementation that accepts.
 
     Raises:

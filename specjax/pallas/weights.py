@@ -14,6 +14,7 @@ With group g(k) of input feature k (indices n, k of the weight are left out wher
 because its kernel leaves nibbles shifted by four bits.)
 """
 
+import math
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -136,8 +137,8 @@ def quantized(
     everything after the accumulators is float32, then rounded to `out_dtype`.
     """
     codes, scales = runtime(weight)
-    rows = x_codes.reshape(-1, x_codes.shape[-1])
-    groups = scales.shape[1]
+    (outputs, groups), features = scales.shape, x_codes.shape[-1]
+    rows = x_codes.reshape(math.prod(x_codes.shape[:-1]), features)
     if groups == 1:
         out = accumulate(rows, codes).astype(jnp.float32) * scales[:, 0]
     else:
@@ -146,10 +147,12 @@ def quantized(
             x_group, codes_group, scales_group = group
             return out + accumulate(x_group, codes_group).astype(jnp.float32) * scales_group, None
 
-        split = [a.reshape(a.shape[0], groups, -1).swapaxes(0, 1) for a in (rows, codes)]
-        start = jnp.zeros((rows.shape[0], codes.shape[0]), jnp.float32)
+        split = [
+            a.reshape(len(a), groups, features // groups).swapaxes(0, 1) for a in (rows, codes)
+        ]
+        start = jnp.zeros((len(rows), outputs), jnp.float32)
         out, _ = jax.lax.scan(add_group, start, (*split, scales.T))
-    out = out.reshape(*x_codes.shape[:-1], -1) * x_scale.astype(jnp.float32)
+    out = out.reshape(*x_codes.shape[:-1], outputs) * x_scale.astype(jnp.float32)
     if weight.minima is not None:
         minima = weight.minima.astype(jnp.float32)
         out += jnp.einsum(

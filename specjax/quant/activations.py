@@ -53,7 +53,9 @@ def quantize(
     codes = jnp.clip(codes, -spec.levels, spec.levels).astype(spec.code_dtype)
     sums = None
     if sum_groups is not None:
-        sums = _rounded(values.reshape(*x.shape[:-1], sum_groups, -1).sum(axis=-1), spec)
+        sums = _rounded(
+            values.reshape(*x.shape[:-1], sum_groups, x.shape[-1] // sum_groups).sum(axis=-1), spec
+        )
     return QuantizedActivations(codes=codes, scale=_rounded(scale, spec), sums=sums)
 
 

@@ -1,8 +1,10 @@
-"""GPTQ: rounds one input feature after the other and moves each rounding error to the features not rounded yet.
+"""GPTQ: rounds one input feature after the other and moves each rounding error to the features not
+rounded yet.
 
-Frantar et al., arXiv 2210.17323. The Hessian of a linear's squared output error is (2/n) sum x x^T over calibration
-inputs. With act-order, features are visited by falling diagonal; groups stay those of neighbouring features and their grids
-are fixed beforehand ("static groups"), so the stored order is the natural one.
+Frantar et al., arXiv 2210.17323. The Hessian of a linear's squared output error is (2/n) sum x x^T
+over calibration inputs. With act-order, features are visited by falling diagonal; groups stay those
+of neighbouring features and their grids are fixed beforehand ("static groups"), so the stored order
+is the natural one.
 """
 
 import functools
@@ -38,7 +40,8 @@ def quantize(
     """Quantizes a weight so that outputs on the calibration inputs change least.
 
     Args:
-        weight: dense, any float dtype; errors are propagated in float32, the factorization is float64.
+        weight: dense, any float dtype; errors are propagated in float32, the factorization is
+            float64.
         hessian: (2/n) sum x x^T, or any positive multiple of it.
         scheme: decides the grid; its activations only end up in the result.
         group_size: input features that share a scale; -1 is all of them.
@@ -71,14 +74,16 @@ def quantize(
 def inverse_factor(
     hessian: Float[np.ndarray, "K K"], damping: float, name: str = "linear"
 ) -> Float[np.ndarray, "K K"]:
-    """Upper Cholesky factor (float32) of the damped Hessian's inverse; features never active count as independent.
+    """Upper Cholesky factor (float32) of the damped Hessian's inverse; features never active count
+    as independent.
 
     Raises:
         SpecjaxError: the Hessian is not finite, or not positive definite even with damping.
     """
     if not np.isfinite(hessian).all():
         raise errors.SpecjaxError(
-            f"{name}: the Hessian of the calibration inputs is not finite; the activations overflow before this linear"
+            f"{name}: the Hessian of the calibration inputs is not finite; "
+            "the activations overflow before this linear"
         )
     damped = np.array(hessian, np.float64)
     diagonal = np.einsum("ii->i", damped)
@@ -114,11 +119,13 @@ def _propagate(
 ) -> tuple[Grid, Float[Array, "N K"]]:
     """Block after block of visited features; with groups that are not static, a block is a group.
 
-    Blocks only update what comes later: `factor` is upper triangular, so its rows are zero before the block.
+    Blocks only update what comes later: `factor` is upper triangular, so its rows are zero before
+    the block.
     """
     outputs, inputs = weight.shape
     outer = grids.channel_scales(weight, spec, group_size)
-    fixed = grids.fit(weight.reshape(outputs, -1, group_size), spec, outer, clip) if static else None
+    grouped = weight.reshape(outputs, -1, group_size)
+    fixed = grids.fit(grouped, spec, outer, clip) if static else None
 
     def one_block(rows, start):
         inside = jax.lax.dynamic_slice_in_dim(rows, start, block)
@@ -140,7 +147,9 @@ def _propagate(
 
 
 def _round_block(rows, square, grid: Grid, groups):
-    """Rounds the features of one block [b, N] in turn; returns codes and errors divided by the factor's diagonal."""
+    """Rounds the features of one block [b, N] in turn; returns codes and errors divided by the
+    factor's diagonal.
+    """
     block = len(rows)
 
     def one_feature(i, state):

@@ -1,8 +1,9 @@
 """The values that a quantized weight can take, and how they are fitted to a weight.
 
-A `Grid` holds what a scheme stores besides codes, one entry per output and group, and maps values to codes and back with
-the formulas of `specjax.pallas.weights`. Every quantizer (round to nearest, GPTQ, with or without smoothing or rotation)
-differs only in which value it rounds; the grid is common to all of them and to all schemes.
+A `Grid` holds what a scheme stores besides codes, one entry per output and group, and maps values
+to codes and back with the formulas of `specjax.pallas.weights`. Every quantizer (round to nearest,
+GPTQ, with or without smoothing or rotation) differs only in which value it rounds; the grid is
+common to all of them and to all schemes.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ _SMALLEST_HALF = 2.0**-24
 class ClipSearch:
     """Shrinks each group's range where that lowers the error of its weights.
 
-    The defaults are those of QQQ and QuaRot: 80 ranges from 1 down to 0.21 times the largest magnitude, compared by
-    sum |error|^2.4.
+    The defaults are those of QQQ and QuaRot: 80 ranges from 1 down to 0.21 times the largest
+    magnitude, compared by sum |error|^2.4.
 
     Attributes:
         norm: exponent of the error.
@@ -41,11 +42,13 @@ class ClipSearch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a scheme stores besides codes. Entries are float32 with values that the stored dtype represents.
+    """What a scheme stores besides codes. Entries are float32 with values that the stored dtype
+    represents.
 
     Attributes:
         scales: of the first level (integers for QoQ with `channel_scales`).
-        zeros: integers: subtracted from codes, or added to codes * scales (QoQ with `channel_scales`).
+        zeros: integers: subtracted from codes, or added to codes * scales (QoQ with
+            `channel_scales`).
         minima: added to codes * scales.
         channel_scales: of the second level.
         spec: static.
@@ -59,9 +62,11 @@ class Grid:
 
     @property
     def code_limits(self) -> tuple[float, float]:
-        """Smallest and largest code in use: symmetric 8-bit and QQQ per-channel codes leave out the lowest one."""
+        """Smallest and largest code in use: symmetric 8-bit and QQQ per-channel codes leave out the
+        lowest one.
+        """
         low, high = self.spec.code_range
-        balanced = self.spec.bits == 8 or (self.spec.levels == "qqq" and self.channel_scales is None)
+        balanced = self.spec.bits == 8 or _balanced(self.spec, self.channel_scales)
         return (-high if self.spec.symmetric and balanced else low), high
 
     def column(self, group) -> "Grid":
@@ -113,7 +118,8 @@ def channel_scales(
         return None
     bound = jnp.max(jnp.abs(weight), axis=1)
     if spec.levels == "qqq":
-        # Codes reach -8 where the largest magnitude is at 7.5 steps; the int8 weight must hold that.
+        # Codes reach -8 where the largest magnitude is at 7.5 steps; the int8 weight must hold
+        # that.
         return jnp.where(bound == 0, 1.0, bound * (8 / 7.5) / 127)
     return _half(bound / qoq.PROTECTIVE_RANGE)
 
@@ -157,7 +163,9 @@ def to_linear(
     group_size: int,
     bias: Float[Array, "N"] | None = None,
 ) -> QuantizedLinear:
-    """The canonical linear, with scales in half precision where every format that stores the scheme has them so."""
+    """The canonical linear, with scales in half precision where every format that stores the scheme
+    has them so.
+    """
     progressive = grid.spec.levels == "qoq" and grid.channel_scales is not None
     scale_dtype = jnp.int8 if progressive else _scale_dtype(grid.spec)
     minor = jnp.float16 if grid.spec.levels == "qoq" else jnp.float32

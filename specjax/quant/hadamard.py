@@ -1,8 +1,9 @@
 """Hadamard matrices of the orders that Llama shapes need, constructed rather than tabulated.
 
-Orders 2^k come from Sylvester's doubling, q + 1 and 2 (q + 1) from Paley's two constructions over the fields with p or
-p^2 elements, 156 and 172 from four circulants in the Goethals-Seidel array, and all others as a product of one of these
-and a Sylvester matrix: 576 = 36 x 16, 1536 = 12 x 128, 14336 = 28 x 512.
+Orders 2^k come from Sylvester's doubling, q + 1 and 2 (q + 1) from Paley's two constructions over
+the fields with p or p^2 elements, 156 and 172 from four circulants in the Goethals-Seidel array,
+and all others as a product of one of these and a Sylvester matrix: 576 = 36 x 16, 1536 = 12 x 128,
+14336 = 28 x 512.
 """
 
 import functools
@@ -23,8 +24,9 @@ def sylvester(order: int) -> np.ndarray:
 def factors(order: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Two +-1 matrices whose Kronecker product (left x right) is a Hadamard matrix of this order.
 
-    The right one is a Sylvester matrix. For powers of two the factors are balanced, which makes the product cheap to
-    apply. None where no construction known here gives the order (odd orders among them).
+    The right one is a Sylvester matrix. For powers of two the factors are balanced, which makes the
+    product cheap to apply. None where no construction known here gives the order (odd orders among
+    them).
     """
     if order < 1:
         return None
@@ -40,7 +42,9 @@ def factors(order: int) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def hadamard(order: int) -> np.ndarray | None:
-    """A Hadamard matrix of this order (int8 entries +-1; H H^T = order I), or None where none is known here."""
+    """A Hadamard matrix of this order (int8 entries +-1; H H^T = order I), or None where none is
+    known here.
+    """
     found = factors(order)
     return None if found is None else np.kron(*found)
 
@@ -51,13 +55,11 @@ def random_orthogonal(order: int, generator: np.random.Generator) -> np.ndarray:
     return q * np.sign(np.diagonal(r))
 
 
-def orthogonal_factors(
-    order: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def orthogonal_factors(order: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Orthonormal (left, right) in float64 with left x right of this order.
 
-    Hadamard where one is known. Otherwise the odd part of the order gets a random orthogonal matrix, which has to be
-    stored, and the rest a Sylvester matrix: 9 heads become (9 random) x 1.
+    Hadamard where one is known. Otherwise the odd part of the order gets a random orthogonal
+    matrix, which has to be stored, and the rest a Sylvester matrix: 9 heads become (9 random) x 1.
     """
     found = factors(order)
     if found is None:
@@ -89,7 +91,8 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 
 def _jacobsthal(p: int, degree: int) -> np.ndarray:
-    """chi(x - y) over the field: +1 for squares, -1 for other non-zero differences, 0 on the diagonal.
+    """chi(x - y) over the field: +1 for squares, -1 for other non-zero differences, 0 on the
+    diagonal.
 
     In GF(p^2) = GF(p)(sqrt r), an element is a square iff its norm a^2 - r b^2 is one in GF(p).
     """
@@ -122,7 +125,8 @@ def _paley_second(p: int, degree: int) -> np.ndarray:
     return np.kron(conference, off) + np.kron(np.eye(len(conference), dtype=np.int8), on)
 
 
-# Generators of the multiplier group under which the circulants' first rows are invariant: it makes the search small.
+# Generators of the multiplier group under which the circulants' first rows are invariant: it makes
+# the search small.
 _CIRCULANT_MULTIPLIERS = {39: (16,), 43: (6, 42)}
 
 
@@ -130,11 +134,15 @@ def _goethals_seidel(n: int) -> np.ndarray:
     a, b, c, d = (np.stack([np.roll(row, i) for i in range(n)]) for row in _four_circulants(n))
     br, cr, dr = b[:, ::-1], c[:, ::-1], d[:, ::-1]
     btr, ctr, dtr = b.T[:, ::-1], c.T[:, ::-1], d.T[:, ::-1]
-    return np.block([[a, br, cr, dr], [-br, a, dtr, -ctr], [-cr, -dtr, a, btr], [-dr, ctr, -btr, a]])
+    return np.block(
+        [[a, br, cr, dr], [-br, a, dtr, -ctr], [-cr, -dtr, a, btr], [-dr, ctr, -btr, a]]
+    )
 
 
 def _invariant_rows(n: int) -> np.ndarray:
-    """All +-1 rows of length n that start with +1 and are constant on the multiplier group's orbits."""
+    """All +-1 rows of length n that start with +1 and are constant on the multiplier group's
+    orbits.
+    """
     orbit = np.zeros(n, np.int64)
     for start in range(1, n):
         if orbit[start]:
@@ -156,8 +164,9 @@ def _invariant_rows(n: int) -> np.ndarray:
 def _four_circulants(n: int) -> np.ndarray:
     """Four +-1 rows [4, n] whose circulants satisfy AA^T + BB^T + CC^T + DD^T = 4n I.
 
-    Equivalently their power spectra sum to 4n at every frequency. Two pairs of rows meet in the middle: pair spectra
-    are compared through one random projection and the hits are checked in full.
+    Equivalently their power spectra sum to 4n at every frequency. Two pairs of rows meet in the
+    middle: pair spectra are compared through one random projection and the hits are checked in
+    full.
     """
     rows = _invariant_rows(n)
     spectra = np.abs(np.fft.rfft(rows, axis=1)) ** 2

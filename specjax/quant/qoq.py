@@ -1,7 +1,9 @@
-"""QoQ's progressive quantization: uint4 codes over an int8 weight over a floating-point scale per output.
+"""QoQ's progressive quantization: uint4 codes over an int8 weight over a floating-point scale per
+output.
 
-QServe (arXiv 2405.04532, section 4.1). Level 1 keeps int8 weights within +-119, so that level 2, whose steps are at most 16,
-never leaves [-128, 127]: w8 = code * scale + zero, with an integer scale and zero per group.
+QServe (arXiv 2405.04532, section 4.1). Level 1 keeps int8 weights within +-119, so that level 2,
+whose steps are at most 16, never leaves [-128, 127]: w8 = code * scale + zero, with an integer
+scale and zero per group.
 """
 
 import jax.numpy as jnp

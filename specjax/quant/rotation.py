@@ -1,10 +1,8 @@
-"""QuaRot-style rotation of a Llama: the same function in a basis without outlier channels.
+"""QuaRot-style rotations: what they consist of, their files, and the part that runs online.
 
-Ashkboos et al., arXiv 2404.00456. Row vectors are multiplied from the right, h_rot = h Q:
-norm gains go into the following linears; E <- E Q; inputs from the residual stream W <- W Q; outputs into it W <- Q^T W; the
-output head (W diag(gain)) Q. Values are rotated within each head, which o_proj undoes. All of that is offline. For 4-bit
-activations the inputs of o_proj and down_proj are also mixed across heads and features, which takes a small product at run
-time: `RotatedInput`.
+Ashkboos et al., arXiv 2404.00456; `specjax.quant.rotate` applies them to a model. For 4-bit
+activations the inputs of o_proj and down_proj are mixed across heads and features, which takes a
+small product at run time: `RotatedInput`.
 """
 
 import dataclasses
@@ -23,15 +21,14 @@ from jaxtyping import Array, Float
 
 from specjax import errors
 from specjax.config import ModelConfig
-from specjax.models import layers as nn
-from specjax.models.llama import Llama, LlamaModel
 from specjax.quant import hadamard
 from specjax.quant.linear import QuantizedLinear
 
 _log = logging.getLogger(__name__)
 
 FILE_NAME = "rotation.safetensors"
-# Other tools' names for a bare Q beside the model: QQQ as patched by SpecMQuant, and DeepCompressor.
+# Other tools' names for a bare Q beside the model: QQQ as patched by SpecMQuant, and
+# DeepCompressor.
 FOREIGN_NAMES = ("rotation.pth", "rotation.pt")
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -44,7 +41,8 @@ class Rotation:
         residual: Q of the residual stream.
         head: rotation of each value head, or None (values not rotated).
         heads: mixes query heads in front of o_proj at run time, or None (offline only).
-        ffn: (left, right), whose Kronecker product mixes down_proj's inputs at run time, or None (offline only).
+        ffn: (left, right), whose Kronecker product mixes down_proj's inputs at run time, or None
+            (offline only).
         norm_gain: the final norm's gain before it was folded, or None where it is not known.
     """
 
@@ -69,7 +67,8 @@ class Rotation:
 def random_hadamard(config: ModelConfig, seed: int, online: bool = False) -> Rotation:
     """A random-sign Hadamard rotation for models of this shape.
 
-    Where no Hadamard matrix of an order is known (9 heads), its odd part is a random orthogonal matrix.
+    Where no Hadamard matrix of an order is known (9 heads), its odd part is a random orthogonal
+    matrix.
 
     Args:
         config: shapes.
@@ -100,7 +99,8 @@ def _factors(field: str, order: int, generator: np.random.Generator):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RotatedInput:
-    """A linear whose weight expects its input multiplied by left x right (Kronecker), done at run time.
+    """A linear whose weight expects its input multiplied by left x right (Kronecker), done at run
+    time.
 
     Attributes:
         linear: the linear over rotated inputs, quantized or dense.
@@ -122,7 +122,7 @@ class RotatedInput:
 
     def rotate(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
         """The input in the basis of the weight; float32 products, in the dtype of x."""
-        width = x.shape[-1] // (1 if self.left is None else len(self.left))
+        width = x.shape[-1] // len(self.left) if self.right is None else len(self.right)
         y = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, width)
         if self.left is not None:
             left = self.left.astype(jnp.float32)
@@ -155,126 +155,6 @@ class RotatedInput:
 
 
 nnx.register_data_type(RotatedInput)
-
-
-def rotate(model: Llama, rotation: Rotation) -> Llama:
-    """The same function in the rotated basis, float32; unit norms, untied output head.
-
-    Raises:
-        ConfigError: the model is quantized, fused by `prepare`, or not of the rotation's shape.
-    """
-    _check(model, rotation)
-    config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    table = model.model.embed_tokens.weight[...].astype(jnp.float32)
-    head = table if model.lm_head is None else model.lm_head.weight[...].astype(jnp.float32)
-    gain = model.model.norm.weight[...].astype(jnp.float32)
-    q = jnp.asarray(rotation.residual, jnp.float32)
-    layers = [_rotate_layer(layer, rotation, q, config) for layer in model.model.layers]
-    inner = LlamaModel(nn.Embedding(_matmul(table, q)), layers, _unit_norm(model.model.norm))
-    return Llama(config, inner, nn.Linear(_matmul(head * gain, q)))
-
-
-def attach(model: Llama, rotation: Rotation) -> Llama:
-    """Wraps the linears of a model, whose stored weights expect it, in the rotation's run-time products."""
-    if rotation.online:
-        for layer in model.model.layers:
-            layer.self_attn.o_proj = _online(layer.self_attn.o_proj, rotation.heads, None)
-            layer.mlp.down_proj = _online(layer.mlp.down_proj, *(rotation.ffn or (None, None)))
-    return model
-
-
-def _online(linear, left, right):
-    if left is None and right is None:
-        return linear
-
-    def array(values):
-        return None if values is None else jnp.asarray(values, jnp.float32)
-
-    return RotatedInput(linear=linear, left=array(left), right=array(right))
-
-
-def _check(model: Llama, rotation: Rotation) -> None:
-    width, head_dim = model.config.hidden_size, model.config.head_dim
-    if rotation.residual.shape != (width, width):
-        raise errors.ConfigError(
-            f"rotation is of order {len(rotation.residual)}, the model's hidden_size is {width}"
-        )
-    if rotation.head is not None and len(rotation.head) != head_dim:
-        raise errors.ConfigError(
-            f"rotation's heads are of order {len(rotation.head)}, the model's head_dim is {head_dim}"
-        )
-    for layer in model.model.layers:
-        parts = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj)
-        if not all(isinstance(part, nn.Linear) for part in parts):
-            raise errors.ConfigError(
-                "rotation needs dense linears that are not fused; rotate before quantizing"
-            )
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, precision=_HIGHEST)
-
-
-def _unit_norm(norm: nn.RMSNorm) -> nn.RMSNorm:
-    return nn.RMSNorm(jnp.ones(norm.weight.shape, jnp.float32), norm.eps, norm.centered)
-
-
-def _rotate_layer(layer: nn.DecoderLayer, rotation: Rotation, q, config) -> nn.DecoderLayer:
-    attention, mlp = layer.self_attn, layer.mlp
-
-    def from_stream(linear, norm):
-        gained = linear.weight[...].astype(jnp.float32) * norm.weight[...].astype(jnp.float32)
-        return nn.Linear(_matmul(gained, q), _bias(linear))
-
-    def into_stream(weight, linear):
-        bias = _bias(linear)
-        return nn.Linear(_matmul(q.T, weight), None if bias is None else _matmul(bias, q))
-
-    before, after = layer.input_layernorm, layer.post_attention_layernorm
-    v_proj = _rotate_values(from_stream(attention.v_proj, before), rotation.head)
-    over_heads = _online(attention.o_proj, rotation.heads, rotation.head)
-    over_ffn = _online(mlp.down_proj, *(rotation.ffn or (None, None)))
-    rotated = nn.DecoderLayer(
-        nn.Attention(
-            config,
-            o_proj=into_stream(_rotated_weight(over_heads), attention.o_proj),
-            q_proj=from_stream(attention.q_proj, before),
-            k_proj=from_stream(attention.k_proj, before),
-            v_proj=v_proj,
-        ),
-        nn.MLP(
-            down_proj=into_stream(_rotated_weight(over_ffn), mlp.down_proj),
-            gate_proj=from_stream(mlp.gate_proj, after),
-            up_proj=from_stream(mlp.up_proj, after),
-        ),
-        _unit_norm(before),
-        _unit_norm(after),
-    )
-    rotated.self_attn.o_proj = _online(rotated.self_attn.o_proj, rotation.heads, None)
-    rotated.mlp.down_proj = _online(rotated.mlp.down_proj, *(rotation.ffn or (None, None)))
-    return rotated
-
-
-def _bias(linear: nn.Linear):
-    return None if linear.bias is None else linear.bias[...].astype(jnp.float32)
-
-
-def _rotate_values(linear: nn.Linear, head) -> nn.Linear:
-    """v of each head times `head`."""
-    if head is None:
-        return linear
-    head = jnp.asarray(head, jnp.float32)
-    per_head = linear.weight[...].reshape(-1, len(head), linear.in_features)
-    weight = jnp.einsum("kcd,ce->ked", per_head, head, precision=_HIGHEST)
-    bias = None if linear.bias is None else _matmul(linear.bias[...].reshape(-1, len(head)), head)
-    return nn.Linear(weight.reshape(linear.weight.shape), None if bias is None else bias.reshape(-1))
-
-
-def _rotated_weight(wrapped):
-    """The weight over the rotated inputs, given the plain linear inside its rotation: rows W M."""
-    if not isinstance(wrapped, RotatedInput):
-        return wrapped.weight[...].astype(jnp.float32)
-    return wrapped.rotate(wrapped.linear.weight[...].astype(jnp.float32))
 
 
 def save(rotation: Rotation, folder: Path) -> Path:
@@ -319,7 +199,9 @@ def load(path: Path) -> Rotation:
     names = file.names()
     key = "Q" if "Q" in names else names[0] if len(names) == 1 else None
     if key is None:
-        raise errors.CheckpointError(f"{path} has no tensor Q; found {', '.join(names) or 'nothing'}")
+        raise errors.CheckpointError(
+            f"{path} has no tensor Q; found {', '.join(names) or 'nothing'}"
+        )
     values = {name: np.asarray(file.read(name), np.float64) for name in names}
     q = values[key]
     square = q.ndim == 2 and q.shape[0] == q.shape[1]

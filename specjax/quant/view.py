@@ -73,7 +73,7 @@ def _no_codes_message(scheme: Scheme, found: list[tuple[str, QuantizedLinear]]) 
     )
 
 
-def with_backend[Module](module: Module, backend: dispatch.Backend) -> Module:
+def with_backend[Module](module: Module, backend: str) -> Module:
     """The module with its quantized linears on `backend`; arrays are shared, not copied.
 
     Raises:

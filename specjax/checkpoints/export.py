@@ -1,0 +1,249 @@
+"""Writing a model as a Hugging Face folder in one of the formats that specjax (and often others) read back.
+
+| format | linears | read by |
+|---|---|---|
+| dense | floating point (quantized ones are dequantized) | everything |
+| gptq | W4A16, W8A16; version 1 | vLLM, SGLang, transformers, GPTQModel |
+| compressed-tensors | W4A16, W8A16, W4A8, W8A8, FP8 | vLLM, SGLang, transformers |
+| qqq | W4A8 per channel, g128 | GPTQModel, vLLM, SpecMQuant's converters |
+| qserve | W8A8, QoQ per channel, QoQ g128 | QServe's tensors, as safetensors |
+| specjax | every scheme | specjax, fastest |
+
+Beside weights and config.json goes `specjax.json`, the manifest: which format, the rotation of the weights, where they came
+from, and the size of every file. The folder is written under a temporary name and renamed when it is complete.
+"""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from specjax.checkpoints import compressed_tensors, gptq, native, qqq, qserve, writer
+from specjax.checkpoints.source import read_json
+from specjax.config import DTYPES, ModelConfig
+from specjax.errors import CheckpointError
+from specjax.models.layers import Linear
+from specjax.models.llama import Llama
+from specjax.quant.linear import QuantizedLinear
+
+MANIFEST = "specjax.json"
+MANIFEST_VERSION = 1
+DENSE = "dense"
+_TENSORS_PER_LINEAR = 7
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packer:
+    """How a format stores quantized linears.
+
+    Attributes:
+        check: raises CheckpointError, naming the linear, if the format cannot hold it.
+        pack: tensors of one linear by file name.
+        config: `quantization_config` from linears by prefix and the prefixes of dense ones.
+        side_file: name of a second copy of the configuration, or None.
+    """
+
+    check: Callable[[QuantizedLinear, str], None]
+    pack: Callable[[QuantizedLinear, str], dict[str, np.ndarray]]
+    config: Callable[[dict[str, QuantizedLinear], tuple[str, ...]], dict[str, Any]]
+    side_file: str | None = None
+
+
+def _packer(module, side_file: str | None = None) -> Packer:
+    return Packer(
+        check=module.check_linear,
+        pack=module.pack_linear,
+        config=module.quantization_config,
+        side_file=side_file,
+    )
+
+
+PACKERS: dict[str, Packer] = {
+    "gptq": _packer(gptq, "quantize_config.json"),
+    "compressed-tensors": _packer(compressed_tensors),
+    "qqq": _packer(qqq, "quantize_config.json"),
+    "qserve": _packer(qserve),
+    "specjax": _packer(native),
+}
+FORMATS = (DENSE, *PACKERS)
+
+
+def export(
+    module: Llama,
+    config: ModelConfig,
+    path: Path,
+    *,
+    format: str,
+    dtype: str | None = None,
+    extra_files: Sequence[Path] = (),
+    rotation: str | None = None,
+    source: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model, one linear in memory at a time.
+
+    Args:
+        module: the model, not `prepare`d (its projections are not fused).
+        config: its configuration.
+        path: the folder to make; it must not exist or be empty, unless `overwrite`.
+        format: one of `FORMATS`.
+        dtype: of embeddings, norms and dense linears; the module's if None.
+        extra_files: copied beside the weights: tokenizer files, generation_config.json, a stored rotation.
+        rotation: identifies the rotation that was folded into the weights, for the manifest.
+        source: says what the weights were made from (a path or digest), for the manifest.
+        shard_bytes: bytes of tensors per file.
+        overwrite: replaces an existing folder, in one step, once the new one is complete.
+
+    Returns:
+        `path`.
+
+    Raises:
+        CheckpointError: the format is unknown or cannot hold a linear of the model; or `path` is taken.
+        FileNotFoundError: one of `extra_files` does not exist.
+    """
+    items = list(parameters(module))
+    linears = {name: item for name, item in items if isinstance(item, QuantizedLinear)}
+    dense = tuple(name for name, item in items if isinstance(item, Linear))
+    dtype = dtype or jnp.dtype(module.dtype).name
+    fields = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    quantization = _check(format, linears, dense, dtype, extra_files)
+    if quantization is not None:
+        fields["quantization_config"] = quantization
+    with writer.whole_folder(path, overwrite) as folder:
+        names = [name for name, _ in items]
+        shards = writer.ShardWriter(
+            folder,
+            shard_bytes=shard_bytes,
+            header_bytes=writer.header_space(names, _TENSORS_PER_LINEAR),
+        )
+        try:
+            for name, item in items:
+                for tensor, array in _pack(name, item, format, dtype):
+                    shards.add(tensor, array)
+            shards.close()
+        finally:
+            shards.abort()
+        for file in extra_files:
+            shutil.copyfile(file, folder / file.name)
+        if format != DENSE and PACKERS[format].side_file:
+            writer.write_json(folder / PACKERS[format].side_file, quantization)
+        writer.write_json(folder / "config.json", fields)
+        _write_manifest(folder, format=format, rotation=rotation, source=source)
+    _log.info("%s: %d bytes of tensors, format %s", path, shards.total_bytes, format)
+    return path
+
+
+def parameters(
+    module: Llama,
+) -> Iterator[tuple[str, Shaped[Array, "..."] | Linear | QuantizedLinear]]:
+    """Arrays by full name and linears by prefix, in the order of the forward pass.
+
+    Raises:
+        CheckpointError: the projections are fused.
+    """
+    yield "model.embed_tokens.weight", module.model.embed_tokens.weight[...]
+    for index, layer in enumerate(module.model.layers):
+        prefix, attention, mlp = f"model.layers.{index}", layer.self_attn, layer.mlp
+        if attention.qkv_proj is not None or mlp.gate_up_proj is not None:
+            raise CheckpointError(
+                f"{prefix}: its projections are fused; export the model as loaded, before prepare"
+            )
+        yield f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight[...]
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{prefix}.self_attn.{leaf}", getattr(attention, leaf)
+        yield (
+            f"{prefix}.post_attention_layernorm.weight",
+            layer.post_attention_layernorm.weight[...],
+        )
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            yield f"{prefix}.mlp.{leaf}", getattr(mlp, leaf)
+    yield "model.norm.weight", module.model.norm.weight[...]
+    if module.lm_head is not None:
+        yield "lm_head", module.lm_head
+
+
+def _check(
+    format: str,
+    linears: dict[str, QuantizedLinear],
+    dense: tuple[str, ...],
+    dtype: str,
+    extra_files: Sequence[Path],
+) -> dict[str, Any] | None:
+    """Refuses before anything is written; returns the `quantization_config`, None for a dense export."""
+    if format not in FORMATS:
+        raise CheckpointError(f"format={format!r} is unknown; known formats: {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    for file in extra_files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+    if format == DENSE:
+        return None
+    if not linears:
+        raise CheckpointError(
+            f"format={format!r} holds quantized linears and the model has none; quantize it, or use format='dense'"
+        )
+    for prefix, linear in linears.items():
+        PACKERS[format].check(linear, prefix)
+    return PACKERS[format].config(linears, dense)
+
+
+def _pack(
+    name: str, item: Shaped[Array, "..."] | Linear | QuantizedLinear, format: str, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """File names and host arrays of one parameter or linear."""
+    if isinstance(item, QuantizedLinear) and format != DENSE:
+        yield from PACKERS[format].pack(item, name).items()
+    elif isinstance(item, (Linear, QuantizedLinear)):
+        quantized = isinstance(item, QuantizedLinear)
+        weight = item.dequantize(dtype) if quantized else item.weight[...]
+        yield f"{name}.weight", _host(weight, dtype)
+        if item.bias is not None:
+            yield f"{name}.bias", _host(item.bias if quantized else item.bias[...], dtype)
+    else:
+        yield name, _host(item, dtype)
+
+
+def _host(array: Shaped[Array, "..."], dtype: str) -> Shaped[np.ndarray, "..."]:
+    return np.asarray(array).astype(jnp.dtype(dtype), copy=False)
+
+
+def _write_manifest(folder: Path, **fields: Any) -> None:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    sizes = {file.name: file.stat().st_size for file in files}
+    content = {"manifest_version": MANIFEST_VERSION, **fields, "files": sizes}
+    writer.write_json(folder / MANIFEST, content)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a folder that specjax wrote; None if there is none.
+
+    Raises:
+        CheckpointError: of another version, or a file is missing or has another size than when it was written.
+    """
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("manifest_version") != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST}: manifest_version={manifest.get('manifest_version')!r} is not supported; "
+            f"supported: {MANIFEST_VERSION}"
+        )
+    for name, size in manifest["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None or (found != size and file.suffix == ".safetensors"):
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(
+                f"{file}: {what}, {MANIFEST} says {size} bytes; the folder is incomplete, export or copy it again"
+            )
+    return manifest

@@ -1,0 +1,108 @@
+"""Text for calibration: from a file to windows of tokens.
+
+Quantizers see windows of equal length, cut from documents in an order that the seed decides.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from specjax.errors import ConfigError
+
+_ROW_FIELDS = "text, messages, turns, or prompt (with response)"
+
+
+class Tokenizer(Protocol):
+    """What calibration needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]: ...
+
+
+def read_documents(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each document of a file.
+
+    A .txt file is one document. .jsonl has one object per line, .json a list of objects; a field
+    `text` is taken as it is, `messages`, `turns` (user turns) and `prompt` with an optional
+    `response` go through the chat template.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: the file holds no text, or a row none of these fields; the row is named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"calibration_file={path}: no such file")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise ConfigError(f"calibration_file={path}: is empty")
+    if path.suffix not in (".json", ".jsonl"):
+        return [tokenizer.encode(text)]
+    return [_encode(row, tokenizer, f"{path}: {name}") for name, row in _rows(text, path)]
+
+
+def windows(
+    documents: Sequence[Sequence[int]], count: int, length: int, seed: int, name: str
+) -> Int[np.ndarray, "S T"]:
+    """`count` windows of `length` tokens from the documents, shuffled by `seed` and joined.
+
+    Args:
+        documents: token ids.
+        count: windows to take; 0 takes as many as there are.
+        length: tokens of a window.
+        seed: decides the order of documents.
+        name: of the file, for errors.
+
+    Raises:
+        ConfigError: there is less text.
+    """
+    order = np.random.default_rng(seed).permutation(len(documents))
+    tokens = np.concatenate([np.asarray(documents[i], np.int32) for i in order])
+    available = len(tokens) // length
+    if available < max(count, 1):
+        raise ConfigError(
+            f"calibration_file={name}: {len(tokens)} tokens make {available} windows of {length}, "
+            f"{max(count, 1)} are wanted ({max(count, 1) * length} tokens); lower "
+            "calibration_samples or calibration_tokens, or give more text"
+        )
+    return tokens[: (count or available) * length].reshape(-1, length)
+
+
+def _rows(text: str, path: Path) -> list[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    else:
+        lines = [("the file", text)]
+    rows = []
+    for name, line in lines:
+        try:
+            rows.append((name, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"calibration_file={path}: {name} is not JSON: {error}") from None
+    if path.suffix == ".jsonl":
+        return rows
+    if not isinstance(rows[0][1], list):
+        raise ConfigError(f"calibration_file={path}: expected a JSON list of objects")
+    return [(f"row {i}", row) for i, row in enumerate(rows[0][1], 1)]
+
+
+def _encode(row: Any, tokenizer: Tokenizer, name: str) -> list[int]:
+    fields = row if isinstance(row, dict) else {}
+    if isinstance(fields.get("text"), str):
+        return tokenizer.encode(fields["text"])
+    if isinstance(fields.get("messages"), list):
+        return tokenizer.chat(fields["messages"])
+    if isinstance(fields.get("turns"), list):
+        return tokenizer.chat([{"role": "user", "content": turn} for turn in fields["turns"][:1]])
+    if isinstance(fields.get("prompt"), str):
+        messages = [{"role": "user", "content": fields["prompt"]}]
+        if isinstance(fields.get("response"), str):
+            messages.append({"role": "assistant", "content": fields["response"]})
+        return tokenizer.chat(messages)
+    raise ConfigError(
+        f"calibration_file={name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}"
+    )
