@@ -55,7 +55,9 @@ def write_rows(
     if batch <= _UNROLLED_BATCH:
         for b in range(batch):
             buffer = lax.dynamic_update_slice(buffer, rows[b : b + 1], (b, 0, start[b], 0))
-        return buffer
+        # Without the barrier XLA fuses the update once into attention and once into the loop's carry, each with a copy
+        # of the whole buffer (measured on CPU: 15 layers of cache in temporaries instead of 0.05).
+        return lax.optimization_barrier(buffer)
     slots = start[:, None] + jnp.arange(num_rows)
     return buffer.at[jnp.arange(batch)[:, None], :, slots].set(rows.swapaxes(1, 2))
 

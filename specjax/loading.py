@@ -60,5 +60,11 @@ def load(
         config=checkpoint.config,
         module=prepare(module, backend, dequantize),
         tokenizer=tokenizer.load(path, checkpoint, chat_template),
-        default_head=hub.default_head(str(path_or_name)),
+        default_head=_shipped_head(str(path_or_name)),
     )
+
+
+def _shipped_head(name: str) -> str | None:
+    """Folder of the draft head that comes with this package for a named model, if one does."""
+    folder = Path(__file__).parent / "heads" / name
+    return str(folder) if folder.is_dir() else None

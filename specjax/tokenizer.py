@@ -6,7 +6,9 @@ templates (Jinja, sandboxed). Both are imported when a tokenizer is loaded, not 
 
 import contextlib
 import hashlib
+import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +20,12 @@ from specjax.errors import CheckpointError, ConfigError
 
 # One of these must be there, in the order of preference.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def load(path: Path, checkpoint: Any = None, chat_template: str | None = None) -> "Tokenizer | None":
+def load(
+    path: Path, checkpoint: Any = None, chat_template: str | None = None
+) -> "Tokenizer | None":
     """The tokenizer of a checkpoint, or None for a directory without tokenizer files.
 
     Args:
@@ -45,30 +49,41 @@ def load(path: Path, checkpoint: Any = None, chat_template: str | None = None) -
 
 def from_directory(path: Path, chat_template: str | None = None) -> "Tokenizer":
     """Reads tokenizer.json, else tokenizer.model, else vocab.json; raises as `load`."""
-    if not (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
-        return _from_sentencepiece(path, chat_template)
     with _quiet_transformers():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        if (path / "tokenizer.json").is_file() or not (path / "tokenizer.model").is_file():
+            return _read(path, str(path), chat_template)
+        with tempfile.TemporaryDirectory() as folder:
+            _convert_sentencepiece(path, Path(folder))
+            return _read(Path(folder), str(path), chat_template)
 
+
+def _read(path: Path, source: str, chat_template: str | None) -> "Tokenizer":
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer would rebuild some models' pipelines by their class: the file itself is what counts.
     reader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = reader.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the readers raise whatever their parsers do
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: the tokenizer cannot be read: {reason}") from error
-    return Tokenizer(tokenizer, str(path), chat_template)
+        raise CheckpointError(f"{source}: the tokenizer cannot be read: {reason}") from error
+    return Tokenizer(tokenizer, source, chat_template)
 
 
-def _from_sentencepiece(path: Path, chat_template: str | None) -> "Tokenizer":
-    """Reads the directory as if it also had the tokenizer.json that its tokenizer.model amounts to."""
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary.from_sentencepiece(path / "tokenizer.model").save(f"{folder}/tokenizer.json")
-        for name in _SETTINGS:
-            if (path / name).is_file():
-                shutil.copy(path / name, folder)
-        tokenizer = from_directory(Path(folder), chat_template)
-    tokenizer.source = str(path)
-    return tokenizer
+def _convert_sentencepiece(path: Path, target: Path) -> None:
+    """Writes the tokenizer.json that a directory's tokenizer.model amounts to, and its settings."""
+    config = path / "tokenizer_config.json"
+    try:
+        stated = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        add_bos = bool(stated.get("add_bos_token", True))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config}: not a JSON object: {error}") from error
+    backend, specials = vocabulary.from_sentencepiece(path / "tokenizer.model", add_bos)
+    backend.save(str(target / "tokenizer.json"))
+    (target / config.name).write_text(json.dumps({**specials, **stated}), encoding="utf-8")
+    for name in ("special_tokens_map.json", "chat_template.jinja"):
+        if (path / name).is_file():
+            shutil.copy(path / name, target)
 
 
 def from_gguf(
@@ -175,21 +190,31 @@ class StreamDecoder:
         self._backend = backend
         self._skip = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._skipped = frozenset(i for i, token in added.items() if token.special)
+        self._held: list[int] = []
         self._ids: list[int] = []
-        self._emitted = ""
+        self._emitted = 0
 
     def step(self, token_id: int) -> str:
         """Takes one id; returns the text that it completes, "" while a character is open."""
+        if token_id in self._skipped:
+            return ""
         self._ids.append(token_id)
-        text = self._stream.step(self._backend, token_id) or ""
-        self._emitted += text
+        self._held.append(token_id)
+        # A run of byte tokens decodes as a whole (one wrong byte spoils all), so it waits for its end.
+        if _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or ""):
+            return ""
+        text = self._stream.step(self._backend, self._held) or ""
+        self._held = []
+        self._emitted += len(text)
         return text
 
     def finish(self) -> str:
-        """What is left when no more ids come: an incomplete character, as U+FFFD."""
+        """What is left when no more ids come: held bytes, an incomplete character as U+FFFD."""
         text = self._backend.decode(self._ids, skip_special_tokens=self._skip)
-        rest = text[len(self._emitted) :]
-        self._emitted += rest
+        rest = text[self._emitted :]
+        self._emitted = len(text)
         return rest
 
 

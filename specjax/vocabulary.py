@@ -17,6 +17,12 @@ from specjax.errors import CheckpointError, ConfigError
 _log = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and SentencePiece
+_SPECIAL_KEYS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType
 _SPACE = "▁"  # SentencePiece's mark of a space
 
@@ -92,19 +98,12 @@ def from_gguf(metadata: Mapping[str, Any], source: str):
     """
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()}
     tokens = _required(keys, "tokens", source)
+    specials = _specials(keys, tokens, source)
     types = keys.get("token_type")
-    specials = {
-        f"{name}_token": tokens[keys[key]]
-        for name, key in (
-            ("bos", "bos_token_id"),
-            ("eos", "eos_token_id"),
-            ("unk", "unknown_token_id"),
-            ("pad", "padding_token_id"),
-        )
-        if 0 <= keys.get(key, -1) < len(tokens)
-    }
     if types is None:
         types = [_CONTROL if token in specials.values() else _NORMAL for token in tokens]
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{source}: {len(tokens)} tokens, but {len(types)} token types")
     match keys.get("model"):
         case "gpt2":
             cut = _cut(keys.get("pre"), source)
@@ -129,11 +128,13 @@ def from_gguf(metadata: Mapping[str, Any], source: str):
     return backend, specials
 
 
-def from_sentencepiece(path: Path):
+def from_sentencepiece(path: Path, add_bos: bool = True):
     """The pipeline of a SentencePiece model file (tokenizer.model): BPE without text normalization.
 
+    Args:
+        add_bos: put BOS before a text.
     Returns:
-        (tokenizers.Tokenizer, special tokens by their Hugging Face names); text begins with BOS.
+        (tokenizers.Tokenizer, special tokens by their Hugging Face names).
     Raises:
         ConfigError: another kind of model, or a needed package is missing.
         CheckpointError: the file is not a SentencePiece model.
@@ -155,7 +156,7 @@ def from_sentencepiece(path: Path):
     )
     ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
     specials = {f"{name}_token": tokens[i] for name, i in ids.items() if 0 <= i < len(tokens)}
-    _add_ends(backend, specials.get("bos_token"), None)
+    _add_ends(backend, specials.get("bos_token") if add_bos else None, None)
     return backend, specials
 
 
@@ -172,10 +173,25 @@ def _read_sentencepiece(path: Path):
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise CheckpointError(f"{path}: not a SentencePiece model, or truncated: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a SentencePiece model, or truncated: {error}"
+        ) from error
     if not proto.pieces:
         raise CheckpointError(f"{path}: the SentencePiece model has no pieces")
     return proto
+
+
+def _specials(keys: Mapping[str, Any], tokens: Sequence[str], source: str) -> dict[str, str]:
+    specials = {}
+    for name, key in _SPECIAL_KEYS.items():
+        if (i := keys.get(key)) is None:
+            continue
+        if not 0 <= i < len(tokens):
+            raise CheckpointError(
+                f"{source}: tokenizer.ggml.{key} = {i}, but there are {len(tokens)} tokens"
+            )
+        specials[name] = tokens[i]
+    return specials
 
 
 def _required(keys: Mapping[str, Any], key: str, source: str) -> Any:
@@ -222,7 +238,11 @@ def _byte_level(
 
 
 def _sentencepiece(
-    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], add_space: bool, source: str
+    tokens: Sequence[str],
+    types: Sequence[int],
+    scores: Sequence[float],
+    add_space: bool,
+    source: str,
 ):
     """SentencePiece merges the best-scored adjacent pair first: merges ordered by score say the same.
 
@@ -231,10 +251,8 @@ def _sentencepiece(
     """
     from tokenizers import decoders, models, normalizers
 
-    if not len(tokens) == len(types) == len(scores):
-        raise CheckpointError(
-            f"{source}: {len(tokens)} tokens, but {len(types)} types and {len(scores)} scores"
-        )
+    if len(scores) != len(tokens):
+        raise CheckpointError(f"{source}: {len(tokens)} tokens, but {len(scores)} scores")
     unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     merges = _merges(tokens, types, scores)
     backend = _backend(

@@ -22,7 +22,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return hf.open_folder(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
         return gguf.open_file(path)
     raise CheckpointError(

@@ -1,8 +1,8 @@
 """AWQ checkpoints of the `gemm` layout (AutoAWQ, GPTQModel), 4 bits with zero points.
 
-Per linear: `qweight` int32 [K, N / 8] and `qzeros` int32 [K / g, N / 8] pack along the outputs, `scales` [K / g, N].
-Nibble p (lowest first) of a word holds output ORDER[p] of its eight. Zeros are stored as they are:
-W[n, k] = (code - zero) * scale.
+Per linear: `qweight` int32 [K, N / 8] and `qzeros` int32 [K / g, N / 8] pack along the outputs, `scales` [K / g,
+N]. Nibble p (lowest first) of a word holds output ORDER[p] of its eight. Zeros are stored as they are: W[n, k] =
+(code - zero) * scale.
 """
 
 import dataclasses
@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from specjax.checkpoints import tensors
+from specjax.checkpoints import codes, tensors
 from specjax.checkpoints.source import TensorSource
-from specjax.quant import packing
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 
@@ -71,7 +70,7 @@ class AWQFormat:
         scales = tensors.read(source, f"{prefix}.scales", tensors.FLOATS, (groups, out_features))
         scheme = schemes.lookup("w4a16-asym")
         return QuantizedLinear(
-            codes=tensors.codes_to_device(unpack_codes(words), scheme),
+            codes=codes.to_device(unpack_codes(words), scheme),
             scales=jnp.asarray(np.ascontiguousarray(scales.T)),
             zeros=jnp.asarray(unpack_rows(zero_words).T.astype(np.int8)),
             bias=tensors.read_bias(source, prefix, out_features, bias),
@@ -86,7 +85,7 @@ class AWQFormat:
 
 def unpack_rows(words: Int[np.ndarray, "R N8"]) -> UInt8[np.ndarray, "R N"]:
     """Nibbles in output order, rows as stored."""
-    nibbles = packing.unpack_nibbles(words).reshape(words.shape[0], -1, 8)
+    nibbles = codes.split_nibbles(words).reshape(words.shape[0], -1, 8)
     return nibbles[:, :, np.argsort(ORDER)].reshape(words.shape[0], -1)
 
 
@@ -96,10 +95,10 @@ def unpack_codes(words: Int[np.ndarray, "K N8"]) -> UInt8[np.ndarray, "N K"]:
     quads = np.ascontiguousarray(words).view(np.uint8).reshape(rows // 4, 4, 4 * columns)
     quads = np.ascontiguousarray(quads.transpose(0, 2, 1)).view(np.uint32)[..., 0]
     quads = np.ascontiguousarray(quads.T).reshape(columns, 4, rows // 4)
-    codes = np.empty((columns, 8, rows // 4), np.uint32)
-    codes[:, ORDER[0::2]] = quads & _LOW_NIBBLES
-    codes[:, ORDER[1::2]] = (quads >> np.uint32(4)) & _LOW_NIBBLES
-    return codes.reshape(8 * columns, rows // 4).view(np.uint8)
+    split = np.empty((columns, 8, rows // 4), np.uint32)
+    split[:, ORDER[0::2]] = quads & _LOW_NIBBLES
+    split[:, ORDER[1::2]] = (quads >> np.uint32(4)) & _LOW_NIBBLES
+    return split.reshape(8 * columns, rows // 4).view(np.uint8)
 
 
 def _is_awq(config: dict) -> bool:

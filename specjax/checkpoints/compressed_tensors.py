@@ -2,13 +2,13 @@
 
 | `format` | tensors of a linear |
 |---|---|
-| pack-quantized | `weight_packed` int32 [N, K / p], p = 32 / bits codes along the inputs, offset by 2^(bits - 1); `weight_shape` |
+| pack-quantized | `weight_packed` int32 [N, K / p]: p = 32 / bits codes along the inputs, plus 2^(bits - 1) |
 | int-quantized | `weight` int8 [N, K], also for 4 bits: `num_bits` tells |
 | float-quantized | `weight` float8_e4m3fn [N, K] |
 
-All have `weight_scale` [N, G] (G = 1 per channel); asymmetric ones `weight_zero_point`, packed along the outputs
-([N / p, G] int32) where codes are packed, else int8 [N, G]; act-order `weight_g_idx` int32 [K], the group of each input.
-W[n, k] = (code - zero) * scale, where code and zero carry the same offset.
+All have `weight_scale` [N, G] (G = 1 per channel); packed ones `weight_shape`; asymmetric ones `weight_zero_point`,
+packed along the outputs ([N / p, G] int32) where codes are packed, else int8 [N, G]; act-order `weight_g_idx` int32
+[K], the group of each input. W[n, k] = (code - zero) * scale, where code and zero carry the same offset.
 """
 
 import dataclasses
@@ -20,40 +20,19 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
-from specjax.checkpoints import tensors
+from specjax.checkpoints import codes, tensors
+from specjax.checkpoints import compressed_tensors_settings as settings
 from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
 from specjax.quant import packing
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
-from specjax.quant.scheme import ActivationSpec, Scheme, WeightSpec
+from specjax.quant.scheme import WeightSpec
 
 Layout = Literal["pack-quantized", "int-quantized", "float-quantized"]
-LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    """Modules that share settings.
-
-    Attributes:
-        targets: module class `Linear`, names, or `re:` patterns.
-        layout: which tensors hold the weight.
-        scheme: of the linears.
-        group_size: inputs per scale; -1 for all of them.
-        per_tensor: one scale for the whole weight.
-        needs_g_idx: the configuration promises act-order by groups.
-    """
-
-    targets: tuple[str, ...]
-    layout: str
-    scheme: Scheme
-    group_size: int
-    per_tensor: bool
-    needs_g_idx: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +40,7 @@ class CompressedTensorsFormat:
     """Reads the linears of a compressed-tensors checkpoint; `ignore` lists modules that are stored dense."""
 
     name = "compressed-tensors"
-    groups: tuple[Group, ...]
+    groups: tuple[settings.Group, ...]
     ignore: tuple[str, ...]
 
     @classmethod
@@ -90,7 +69,9 @@ class CompressedTensorsFormat:
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError(f"quantization_config.config_groups={groups!r} holds no group")
         return cls(
-            groups=tuple(_parse_group(n, g, config.get("format")) for n, g in groups.items()),
+            groups=tuple(
+                settings.parse_group(n, g, config.get("format")) for n, g in groups.items()
+            ),
             ignore=tuple(config.get("ignore") or ()),
         )
 
@@ -113,13 +94,13 @@ class CompressedTensorsFormat:
         group_size = schemes.check_group_size(in_features, group.group_size, prefix)
         shape = (out_features, in_features)
         read = _read_packed if group.layout == "pack-quantized" else _read_plain
-        codes = read(source, prefix, group.scheme.weights, shape)
+        unpacked = read(source, prefix, group.scheme.weights, shape)
         perm = _read_perm(source, prefix, group, in_features, group_size)
         if perm is not None:
-            codes = np.take(codes, perm, axis=1)
+            unpacked = np.take(unpacked, perm, axis=1)
         table = (out_features, in_features // group_size)
         return QuantizedLinear(
-            codes=tensors.codes_to_device(codes, group.scheme),
+            codes=codes.to_device(unpacked, group.scheme),
             scales=jnp.asarray(_read_scales(source, prefix, table, group.per_tensor)),
             zeros=_read_zeros(source, prefix, group.scheme.weights, table),
             perm=None if perm is None else jnp.asarray(perm),
@@ -132,62 +113,14 @@ class CompressedTensorsFormat:
         """No tensor is renamed or transformed."""
         return None
 
-    def _group(self, prefix: str) -> Group | None:
+    def _group(self, prefix: str) -> settings.Group | None:
         """The group of a linear: names and patterns before the class `Linear`; None if it stays dense."""
-        if any(target == "Linear" or tensors.matches(target, prefix) for target in self.ignore):
+        if any(settings.matches(target, prefix) for target in self.ignore):
             return None
         for group in self.groups:
-            if any(tensors.matches(target, prefix) for target in group.targets):
+            if any(settings.matches(target, prefix) for target in group.targets):
                 return group
         return next((group for group in self.groups if "Linear" in group.targets), None)
-
-
-def _parse_group(name: str, group: dict, default_layout: str | None) -> Group:
-    field = f"config_groups.{name}"
-    if group.get("output_activations"):
-        raise CheckpointError(
-            f"quantization_config.{field}.output_activations is not supported; supported: null"
-        )
-    weights = group.get("weights") or {}
-    kind = tensors.one_of(weights.get("type", "int"), ("int", "float"), f"{field}.weights.type")
-    bits = weights.get("num_bits")
-    tensors.one_of(bits, (4, 8) if kind == "int" else (8,), f"{field}.weights.num_bits")
-    layout = group.get("format") or default_layout
-    tensors.one_of(layout, LAYOUTS, f"{field}.format")
-    strategy = weights.get("strategy")
-    tensors.one_of(strategy, ("group", "channel", "tensor"), f"{field}.weights.strategy")
-    size = weights.get("group_size") if strategy == "group" else -1
-    tensors.group_size(size, f"{field}.weights.group_size")
-    symmetric = bool(weights.get("symmetric", True))
-    activations = _parse_activations(group.get("input_activations"), kind, field)
-    if not symmetric and (kind == "float" or (bits == 8 and activations is not None)):
-        raise CheckpointError(
-            f"quantization_config.{field}.weights.symmetric=false is supported for 4-bit integers and for weight-only "
-            "8-bit integers"
-        )
-    spec = WeightSpec(kind=kind, bits=bits, symmetric=symmetric)
-    return Group(
-        targets=tuple(group.get("targets") or ()),
-        layout=layout,
-        scheme=Scheme(weights=spec, activations=activations),
-        group_size=size,
-        per_tensor=strategy == "tensor",
-        needs_g_idx=weights.get("actorder") == "group" and strategy == "group",
-    )
-
-
-def _parse_activations(config: dict | None, kind: str, field: str) -> ActivationSpec | None:
-    """Dynamic per-token symmetric activations of the weights' kind; the only ones supported."""
-    if not config:
-        return None
-    field = f"{field}.input_activations"
-    tensors.one_of(config.get("type", "int"), (kind,), f"{field}.type")
-    bits = (4, 8) if kind == "int" else (8,)
-    tensors.one_of(config.get("num_bits"), bits, f"{field}.num_bits")
-    tensors.one_of(config.get("dynamic"), (True,), f"{field}.dynamic")
-    tensors.one_of(config.get("strategy"), ("token",), f"{field}.strategy")
-    tensors.one_of(config.get("symmetric", True), (True,), f"{field}.symmetric")
-    return ActivationSpec(kind=kind, bits=config["num_bits"])
 
 
 def _read_packed(
@@ -202,7 +135,7 @@ def _read_packed(
     words = tensors.read(
         source, f"{prefix}.weight_packed", [np.int32], (rows, -(-columns // (32 // spec.bits)))
     )
-    return unpack_codes(words, spec.bits, spec.symmetric)[:, :columns]
+    return codes.unpack_words(words, spec.bits, spec.symmetric)[:, :columns]
 
 
 def _read_plain(
@@ -211,15 +144,15 @@ def _read_plain(
     name = f"{prefix}.weight"
     if spec.kind == "float":
         return tensors.read(source, name, [_FLOAT8], shape)
-    codes = tensors.read(source, name, [np.int8], shape)
+    weight = tensors.read(source, name, [np.int8], shape)
     if spec.bits == 8:
-        return codes if spec.symmetric else codes.view(np.uint8) ^ np.uint8(0x80)
-    low, high = int(codes.min()), int(codes.max())
+        return weight if spec.symmetric else weight.view(np.uint8) ^ np.uint8(0x80)
+    low, high = int(weight.min()), int(weight.max())
     if low < -8 or high > 7:
         raise CheckpointError(
             f"{name}: holds {low if low < -8 else high}, but num_bits=4 means codes of -8..7"
         )
-    return codes.view(np.uint8) & 15 if spec.symmetric else (codes + np.int8(8)).view(np.uint8)
+    return weight.view(np.uint8) & 15 if spec.symmetric else (weight + np.int8(8)).view(np.uint8)
 
 
 def _read_scales(
@@ -242,14 +175,16 @@ def _read_zeros(source: TensorSource, prefix: str, spec: WeightSpec, table: tupl
     name, (rows, groups) = f"{prefix}.weight_zero_point", table
     if tensors.has(source, name) and source.dtype(name) == np.int8:
         zeros = tensors.read(source, name, [np.int8], table).astype(np.int16)
-        return jnp.asarray(_narrow(zeros + 2 ** (spec.bits - 1)))
+        return jnp.asarray(codes.narrow_zeros(zeros + 2 ** (spec.bits - 1)))
     packed_rows = -(-rows // (32 // spec.bits))
     words = tensors.read(source, name, [np.int32], (packed_rows, groups))
-    return jnp.asarray(_narrow(unpack_codes(words.T, spec.bits, False)[:, :rows].T))
+    return jnp.asarray(
+        codes.narrow_zeros(codes.unpack_words(words.T, spec.bits, False)[:, :rows].T)
+    )
 
 
 def _read_perm(
-    source: TensorSource, prefix: str, group: Group, in_features: int, group_size: int
+    source: TensorSource, prefix: str, group: settings.Group, in_features: int, group_size: int
 ) -> Int[np.ndarray, "K"] | None:
     name = f"{prefix}.weight_g_idx"
     if not tensors.has(source, name):
@@ -259,35 +194,7 @@ def _read_perm(
     g_idx = tensors.read(source, name, [np.int32, np.int64], (in_features,))
     if np.all(g_idx == -1):
         return None
-    return tensors.group_order(g_idx, group_size, name)
-
-
-def _narrow(zeros: Shaped[np.ndarray, "N G"]) -> Int[np.ndarray, "N G"]:
-    """Zero points 0 .. 2^bits - 1 as int8, or as int16 where they do not fit."""
-    return zeros.astype(np.int8 if zeros.max(initial=0) < 128 else np.int16)
-
-
-def unpack_codes(
-    words: Int[np.ndarray, "R Cp"], bits: int, symmetric: bool
-) -> UInt8[np.ndarray, "R C"]:
-    """Codes as bytes: unsigned, or if `symmetric` the two's complement of code - 2^(bits - 1)."""
-    packed = np.ascontiguousarray(words).view(np.uint8)
-    if symmetric:
-        packed = packed ^ np.uint8(0x88 if bits == 4 else 0x80)
-    return packing.unpack_nibbles(packed) if bits == 4 else packed
-
-
-def pack_codes(
-    codes: Shaped[np.ndarray, "R C"], bits: int, symmetric: bool
-) -> Int[np.ndarray, "R Cp"]:
-    """Inverse of `unpack_codes`; pads the last word with zero bits."""
-    padding = -codes.shape[1] % (32 // bits)
-    bytes_ = np.ascontiguousarray(codes).view(np.uint8)
-    if symmetric:
-        bytes_ = (bytes_ ^ np.uint8(2 ** (bits - 1))) & np.uint8(2**bits - 1)
-    bytes_ = np.pad(bytes_, ((0, 0), (0, padding)))
-    packed = packing.pack_nibbles(bytes_) if bits == 4 else bytes_
-    return np.ascontiguousarray(packed).view(np.int32)
+    return codes.group_order(g_idx, group_size, name)
 
 
 def check_linear(linear: QuantizedLinear, prefix: str) -> None:
@@ -302,23 +209,23 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
         CheckpointError: the scheme has a second level, minima, or a kind that the format does not hold.
     """
     layout, spec = _layout(linear, prefix), linear.scheme.weights
-    codes = tensors.codes_to_host(linear.codes)
+    host = codes.to_host(linear.codes)
     if linear.perm is not None:
-        codes = np.take(codes, np.argsort(np.asarray(linear.perm)), axis=1)
+        host = np.take(host, np.argsort(np.asarray(linear.perm)), axis=1)
     packed = {f"{prefix}.weight_scale": np.asarray(linear.scales)}
     if layout == "pack-quantized":
-        packed[f"{prefix}.weight_packed"] = pack_codes(codes, spec.bits, spec.symmetric)
-        packed[f"{prefix}.weight_shape"] = np.array(codes.shape, np.int64)
+        packed[f"{prefix}.weight_packed"] = codes.pack_words(host, spec.bits, spec.symmetric)
+        packed[f"{prefix}.weight_shape"] = np.array(host.shape, np.int64)
     elif layout == "float-quantized":
-        packed[f"{prefix}.weight"] = codes
+        packed[f"{prefix}.weight"] = host
     else:
-        packed[f"{prefix}.weight"] = _signed(codes, spec)
+        packed[f"{prefix}.weight"] = _signed(host, spec)
     if linear.zeros is not None:
-        zeros, offset = np.asarray(linear.zeros).astype(np.int16), 2 ** (spec.bits - 1)
+        zeros = codes.zero_points(linear.zeros, spec.bits, f"{prefix}.zeros")
         packed[f"{prefix}.weight_zero_point"] = (
-            pack_codes(zeros.T.astype(np.uint8), spec.bits, False).T
+            codes.pack_words(zeros.T, spec.bits, False).T
             if layout == "pack-quantized"
-            else (zeros - offset).astype(np.int8)
+            else zeros.astype(np.int8) - np.int8(8)
         )
     if linear.perm is not None:
         perm = np.asarray(linear.perm)
@@ -328,11 +235,11 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     return packed
 
 
-def _signed(codes: Shaped[np.ndarray, "N K"], spec: WeightSpec) -> Int[np.ndarray, "N K"]:
+def _signed(host: Shaped[np.ndarray, "N K"], spec: WeightSpec) -> Int[np.ndarray, "N K"]:
     """Host codes as int8 values with the offset of the format."""
     if spec.bits == 8:
-        return codes if spec.symmetric else (codes ^ np.uint8(0x80)).view(np.int8)
-    return packing.sign_extend(codes if spec.symmetric else codes ^ np.uint8(8))
+        return host if spec.symmetric else (host ^ np.uint8(0x80)).view(np.int8)
+    return packing.sign_extend(host if spec.symmetric else host ^ np.uint8(8))
 
 
 def _layout(linear: QuantizedLinear, prefix: str) -> Layout:

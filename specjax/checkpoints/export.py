@@ -9,8 +9,9 @@
 | qserve | W8A8, QoQ per channel, QoQ g128 | QServe's tensors, as safetensors |
 | specjax | every scheme | specjax, fastest |
 
-Beside weights and config.json goes `specjax.json`, the manifest: which format, the rotation of the weights, where they came
-from, and the size of every file. The folder is written under a temporary name and renamed when it is complete.
+Beside weights and config.json goes `specjax.json`, the manifest: which format, the rotation of the weights, where
+they came from, and the size of every file. The folder is written under a temporary name and renamed when it is
+complete.
 """
 
 import dataclasses
@@ -18,22 +19,28 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from specjax.checkpoints import compressed_tensors, gptq, native, qqq, qserve, writer
-from specjax.checkpoints.source import read_json
+from specjax.checkpoints import (
+    compressed_tensors,
+    gptq,
+    manifest,
+    native,
+    orbax_store,
+    qqq,
+    qserve,
+    writer,
+)
 from specjax.config import DTYPES, ModelConfig
 from specjax.errors import CheckpointError
 from specjax.models.layers import Linear
 from specjax.models.llama import Llama
 from specjax.quant.linear import QuantizedLinear
 
-MANIFEST = "specjax.json"
-MANIFEST_VERSION = 1
 DENSE = "dense"
 _TENSORS_PER_LINEAR = 7
 
@@ -86,6 +93,7 @@ def export(
     extra_files: Sequence[Path] = (),
     rotation: str | None = None,
     source: str | None = None,
+    layout: Literal["safetensors", "orbax"] = "safetensors",
     shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> Path:
@@ -100,7 +108,9 @@ def export(
         extra_files: copied beside the weights: tokenizer files, generation_config.json, a stored rotation.
         rotation: identifies the rotation that was folded into the weights, for the manifest.
         source: says what the weights were made from (a path or digest), for the manifest.
-        shard_bytes: bytes of tensors per file.
+        layout: "orbax" stores the tensors of format "specjax" as an Orbax checkpoint in a subfolder; it needs them all
+            in host memory at once.
+        shard_bytes: bytes of tensors per safetensors file.
         overwrite: replaces an existing folder, in one step, once the new one is complete.
 
     Returns:
@@ -116,29 +126,24 @@ def export(
     dtype = dtype or jnp.dtype(module.dtype).name
     fields = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
     quantization = _check(format, linears, dense, dtype, extra_files)
+    if layout == "orbax" and format != "specjax":
+        raise CheckpointError(f"layout='orbax' is for format='specjax', not {format!r}")
     if quantization is not None:
         fields["quantization_config"] = quantization
     with writer.whole_folder(path, overwrite) as folder:
-        names = [name for name, _ in items]
-        shards = writer.ShardWriter(
-            folder,
-            shard_bytes=shard_bytes,
-            header_bytes=writer.header_space(names, _TENSORS_PER_LINEAR),
-        )
-        try:
-            for name, item in items:
-                for tensor, array in _pack(name, item, format, dtype):
-                    shards.add(tensor, array)
-            shards.close()
-        finally:
-            shards.abort()
+        packed = (pair for name, item in items for pair in _pack(name, item, format, dtype))
+        if layout == "orbax":
+            orbax_store.save(folder / orbax_store.FOLDER, dict(packed))
+        else:
+            space = writer.header_space([name for name, _ in items], _TENSORS_PER_LINEAR)
+            writer.write_shards(folder, packed, shard_bytes=shard_bytes, header_bytes=space)
         for file in extra_files:
             shutil.copyfile(file, folder / file.name)
         if format != DENSE and PACKERS[format].side_file:
             writer.write_json(folder / PACKERS[format].side_file, quantization)
         writer.write_json(folder / "config.json", fields)
-        _write_manifest(folder, format=format, rotation=rotation, source=source)
-    _log.info("%s: %d bytes of tensors, format %s", path, shards.total_bytes, format)
+        manifest.write(folder, format=format, rotation=rotation, source=source)
+    _log.info("%s: written in format %s", path, format)
     return path
 
 
@@ -215,35 +220,3 @@ def _pack(
 
 def _host(array: Shaped[Array, "..."], dtype: str) -> Shaped[np.ndarray, "..."]:
     return np.asarray(array).astype(jnp.dtype(dtype), copy=False)
-
-
-def _write_manifest(folder: Path, **fields: Any) -> None:
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    sizes = {file.name: file.stat().st_size for file in files}
-    content = {"manifest_version": MANIFEST_VERSION, **fields, "files": sizes}
-    writer.write_json(folder / MANIFEST, content)
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a folder that specjax wrote; None if there is none.
-
-    Raises:
-        CheckpointError: of another version, or a file is missing or has another size than when it was written.
-    """
-    if not (path / MANIFEST).is_file():
-        return None
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("manifest_version") != MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST}: manifest_version={manifest.get('manifest_version')!r} is not supported; "
-            f"supported: {MANIFEST_VERSION}"
-        )
-    for name, size in manifest["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found is None or (found != size and file.suffix == ".safetensors"):
-            what = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(
-                f"{file}: {what}, {MANIFEST} says {size} bytes; the folder is incomplete, export or copy it again"
-            )
-    return manifest

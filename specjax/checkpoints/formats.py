@@ -47,7 +47,7 @@ def detect(
     for name in source.names():
         if name.rpartition(".")[2] in _QUANTIZED_PARTS:
             raise CheckpointError(
-                f"{name}: is quantized, but neither config.json (quantization_config) nor quantize_config.json says how; "
-                f"known formats: {known}"
+                f"{name}: is quantized, but neither config.json (quantization_config) nor quantize_config.json says "
+                f"how; known formats: {known}"
             )
     return None

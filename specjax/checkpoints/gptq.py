@@ -1,7 +1,7 @@
 """GPTQ checkpoints (AutoGPTQ, GPTQModel; `checkpoint_format` gptq = v1 and gptq_v2), 4 and 8 bits.
 
-Per linear: `qweight` int32 [K / p, N] packs p = 32 / bits codes along the inputs, lowest bits first; `scales` [G, N];
-`qzeros` int32 [G, N / p] packs along the outputs; `g_idx` int32 [K] is the group of each input. The weight is
+Per linear: `qweight` int32 [K / p, N] packs p = 32 / bits codes along the inputs, lowest bits first; `scales` [G,
+N]; `qzeros` int32 [G, N / p] packs along the outputs; `g_idx` int32 [K] is the group of each input. The weight is
 W[n, k] = (code - zero[g_idx[k], n]) * scales[g_idx[k], n]. Version 1 stores `qzeros` minus 0x11111111 (8 bits:
 0x01010101) as whole words, so a zero of 0 borrows from its neighbour, exactly as GPTQModel writes and reads it.
 """
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
-from specjax.checkpoints import tensors
+from specjax.checkpoints import codes, tensors
 from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
-from specjax.quant import packing
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 
@@ -98,14 +97,14 @@ class GPTQFormat:
         zeros = settings._zeros(source, prefix, groups, out_features)
         symmetric = settings._is_symmetric(zeros, f"{prefix}.qzeros")
         perm = settings._perm(source, prefix, in_features, group_size)
-        codes = unpack_codes(words, settings.bits, symmetric)
+        unpacked = codes.unpack_words(words.T, settings.bits, symmetric)
         scheme = schemes.lookup(f"w{settings.bits}a16" + ("" if symmetric else "-asym"))
         return QuantizedLinear(
-            codes=tensors.codes_to_device(
-                codes if perm is None else np.take(codes, perm, axis=1), scheme
+            codes=codes.to_device(
+                unpacked if perm is None else np.take(unpacked, perm, axis=1), scheme
             ),
             scales=jnp.asarray(np.ascontiguousarray(scales.T)),
-            zeros=None if symmetric else jnp.asarray(_zero_codes(zeros)),
+            zeros=None if symmetric else jnp.asarray(codes.narrow_zeros(zeros)),
             perm=None if perm is None else jnp.asarray(perm),
             bias=tensors.read_bias(source, prefix, out_features, bias),
             scheme=scheme,
@@ -164,29 +163,7 @@ class GPTQFormat:
                 )
             return None
         g_idx = tensors.read(source, name, [np.int32, np.int64], (in_features,))
-        return tensors.group_order(g_idx, group_size, name)
-
-
-def unpack_codes(
-    words: Int[np.ndarray, "Kp N"], bits: int, symmetric: bool
-) -> UInt8[np.ndarray, "N K"]:
-    """Codes as bytes: unsigned, or if `symmetric` the two's complement of code - 2^(bits - 1)."""
-    packed = np.ascontiguousarray(words.T).view(np.uint8)
-    if symmetric:
-        packed = packed ^ np.uint8(0x88 if bits == 4 else 0x80)
-    return packing.unpack_nibbles(packed) if bits == 4 else packed
-
-
-def pack_codes(
-    codes: Shaped[np.ndarray, "N K"], bits: int, symmetric: bool
-) -> Int[np.ndarray, "Kp N"]:
-    """Inverse of `unpack_codes`."""
-    packed = (
-        packing.pack_nibbles(codes) if bits == 4 else np.ascontiguousarray(codes).view(np.uint8)
-    )
-    if symmetric:
-        packed = packed ^ np.uint8(0x88 if bits == 4 else 0x80)
-    return np.ascontiguousarray(packed.view(np.int32).T)
+        return codes.group_order(g_idx, group_size, name)
 
 
 def unpack_zeros(
@@ -196,7 +173,7 @@ def unpack_zeros(
     words = np.ascontiguousarray(words).view(np.uint32)
     if version == 1:
         words = words + _ZERO_OFFSET[bits]
-    zeros = packing.unpack_nibbles(words) if bits == 4 else words.view(np.uint8)
+    zeros = codes.split_nibbles(words) if bits == 4 else words.view(np.uint8)
     return np.ascontiguousarray(zeros.T)
 
 
@@ -205,7 +182,7 @@ def pack_zeros(
 ) -> Int[np.ndarray, "G Np"]:
     """Inverse of `unpack_zeros`."""
     zeros = np.ascontiguousarray(zeros.T).astype(np.uint8)
-    packed = packing.pack_nibbles(zeros) if bits == 4 else zeros
+    packed = codes.join_nibbles(zeros) if bits == 4 else zeros
     words = packed.view(np.uint32)
     if version == 1:
         words = words - _ZERO_OFFSET[bits]
@@ -233,20 +210,18 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     """
     check_linear(linear, prefix)
     spec, bits, columns = linear.scheme.weights, linear.scheme.weights.bits, linear.in_features
-    codes = tensors.codes_to_host(linear.codes)
+    host = codes.to_host(linear.codes)
     g_idx = (np.arange(columns) // linear.group_size).astype(np.int32)
     if linear.perm is not None:
         order = np.argsort(np.asarray(linear.perm))
-        codes, g_idx = np.take(codes, order, axis=1), g_idx[order]
-    zeros = (
-        np.full(linear.scales.shape, 2 ** (bits - 1), np.uint8)
-        if linear.zeros is None
-        else np.asarray(linear.zeros)
-    )
+        host, g_idx = np.take(host, order, axis=1), g_idx[order]
+    zeros = np.full(linear.scales.shape, 2 ** (bits - 1), np.uint8)
+    if linear.zeros is not None:
+        zeros = codes.zero_points(linear.zeros, bits, f"{prefix}.zeros")
     packed = {
-        f"{prefix}.qweight": pack_codes(codes, bits, spec.symmetric),
+        f"{prefix}.qweight": np.ascontiguousarray(codes.pack_words(host, bits, spec.symmetric).T),
         f"{prefix}.qzeros": pack_zeros(zeros, bits, version=1),
-        f"{prefix}.scales": tensors.to_half(linear.scales, f"{prefix}.scales").T,
+        f"{prefix}.scales": codes.to_half(linear.scales, f"{prefix}.scales").T,
         f"{prefix}.g_idx": g_idx,
     }
     if linear.bias is not None:
@@ -310,8 +285,3 @@ def _dynamic(rules: dict) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None
             tensors.group_size(kept["group_size"], f"{where}.group_size")
         parsed.append((pattern.removeprefix("+:"), tuple(kept.items())))
     return tuple(parsed)
-
-
-def _zero_codes(zeros: UInt8[np.ndarray, "N G"]) -> Int[np.ndarray, "N G"]:
-    """Zero points as int8, or as int16 where 8-bit ones would not fit."""
-    return zeros.astype(np.int8 if zeros.max(initial=0) < 128 else np.int16)

@@ -1,47 +1,114 @@
 """Draft heads in their upstream layouts (a folder with config.json and weights), checked against their target."""
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 from specjax.checkpoints import hf, source
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError
-from specjax.models import eagle
+from specjax.models import eagle, eagle3, medusa
 from specjax.models.llama import Llama
 
-# A tensor that only this kind of head has, and how to build it.
-_KINDS: dict[str, tuple[str, Callable]] = {
-    "eagle": ("layers.0.self_attn.q_proj.weight", eagle.build),
-}
+_MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 
-def load_head(path: Path, target: Llama, target_name: str):
-    """Loads a draft head for `target`, in the target's compute dtype.
+def load_eagle(path: Path, target: Llama, target_name: str):
+    """Loads an EAGLE-1/2 or EAGLE-3 head for `target`, in the target's compute dtype; the tensors tell which.
 
-    A `quantization_config` that the head's config.json copied from its target does not apply to the head.
+    Layouts: upstream EAGLE (`fc`, `layers.0` or `midlayer`), SGLang's repacked ones (the same names), and speculators
+    (`layers.0` in place of `midlayer`, shapes in `transformer_layer_config`). A `quantization_config` that the head's
+    config.json copied from its target does not apply to the head.
 
     Raises:
         FileNotFoundError: no such folder, or files missing in it.
         ConfigError: the head was made for a target of another shape.
         CheckpointError: its tensors are of no known kind, malformed or incomplete.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; a draft head is a folder with config.json")
-    config = ModelConfig.from_hf(source.read_json(path / "config.json"))
-    _check_fit(path, config, target.config, target_name)
-    checkpoint = hf.HFCheckpoint(path, config, source.open_source(path))
-    for tensor, build in _KINDS.values():
-        if checkpoint.has(tensor):
-            return build(checkpoint, target.dtype)
+    raw = _read_config(path)
+    shape = raw.get("transformer_layer_config", raw)
+    config = ModelConfig.from_hf({**shape, "architectures": ["LlamaForCausalLM"]})
+    checkpoint = _Head(path, config, source.open_source(path))
+    if checkpoint.has("midlayer.hidden_norm.weight"):
+        _check_fit(path, config, target.config, target_name, ("vocab_size",))
+        return _build_eagle3(checkpoint, raw, target)
+    if checkpoint.has("layers.0.self_attn.q_proj.weight"):
+        _check_fit(path, config, target.config, target_name, ("hidden_size", "vocab_size"))
+        return eagle.build(checkpoint, target.dtype)
     raise CheckpointError(
-        f"{path}: no known kind of draft head; looked for "
-        + ", ".join(f"{tensor} ({kind})" for kind, (tensor, _) in _KINDS.items())
+        f"{path}: not an EAGLE head; neither layers.0.self_attn.q_proj.weight (EAGLE-1/2) nor "
+        "midlayer.hidden_norm.weight (EAGLE-3) is in it"
     )
 
 
-def _check_fit(path: Path, head: ModelConfig, target: ModelConfig, target_name: str) -> None:
+def load_medusa(path: Path, target: Llama) -> tuple[medusa.MedusaHeads, dict[str, list]]:
+    """Loads Medusa-1 heads; also returns the trees of its medusa_choices.json by name (empty without one).
+
+    Raises:
+        FileNotFoundError: no such folder, or files missing in it.
+        ConfigError: config.json does not say how many heads there are.
+        CheckpointError: a tensor is missing or does not fit the target.
+    """
+    raw = _read_config(path)
+    if raw.get("medusa_num_layers", 1) != 1 or not isinstance(raw.get("medusa_num_heads"), int):
+        raise ConfigError(
+            f"{path}: medusa_num_heads={raw.get('medusa_num_heads')!r}, medusa_num_layers="
+            f"{raw.get('medusa_num_layers')!r}; a number of heads with one layer each is supported"
+        )
+    tensors = source.open_source(path, _MEDUSA_FILES)
+    checkpoint = hf.HFCheckpoint(path, target.config, tensors)
+    heads = medusa.build(checkpoint, target.config, raw["medusa_num_heads"], target.dtype)
+    choices = path / "medusa_choices.json"
+    return heads, json.loads(choices.read_text()) if choices.is_file() else {}
+
+
+class _Head(hf.HFCheckpoint):
+    """A head's folder; EAGLE-3 heads in the speculators layout answer to the upstream names."""
+
+    def __init__(self, path, config, tensors):
+        super().__init__(path, config, tensors)
+        self._renamed = "layers.0.hidden_norm.weight" in tensors.names()
+
+    def _stored(self, name: str) -> str:
+        return name.replace("midlayer.", "layers.0.", 1) if self._renamed else name
+
+    def has(self, name):
+        return super().has(self._stored(name))
+
+    def tensor(self, name, shape):
+        return super().tensor(self._stored(name), shape)
+
+
+def _build_eagle3(checkpoint: _Head, raw: dict, target: Llama) -> eagle3.Eagle3Head:
+    layers = target.config.num_layers
+    ids = raw.get("eagle_aux_hidden_state_layer_ids") or (2, layers // 2, layers - 3)
+    if any(not 0 <= i < layers for i in ids) or len(set(ids)) != len(ids):
+        raise ConfigError(
+            f"{checkpoint.path}: an EAGLE-3 head reads the inputs of layers {list(ids)}; the target has {layers} layers "
+            "(at least 7 are needed for the default choice)"
+        )
+    for field in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+        if raw.get(field):
+            raise ConfigError(f"{checkpoint.path}: {field}={raw[field]!r} is not supported, only false")
+    return eagle3.build(
+        checkpoint,
+        target.dtype,
+        layer_ids=tuple(ids),
+        target_width=target.config.hidden_size,
+        num_drafts=raw.get("draft_vocab_size") or checkpoint.config.vocab_size,
+    )
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; a draft head is a folder with config.json")
+    return source.read_json(path / "config.json")
+
+
+def _check_fit(
+    path: Path, head: ModelConfig, target: ModelConfig, target_name: str, fields: tuple[str, ...]
+) -> None:
     """A head reads the target's features and token ids, so these must be alike."""
-    for field in ("hidden_size", "vocab_size"):
+    for field in fields:
         found, wanted = getattr(head, field), getattr(target, field)
         if found != wanted:
             raise ConfigError(

@@ -229,14 +229,18 @@ def fetch_hub(repo_id: str, hub_cache: Path | None = None) -> Path:
 
 
 def _fetch_online(repo_id: str, snapshot: Callable[..., Path]) -> Path:
-    """Configuration first: it tells, with the list of files, which weights to ask for."""
+    """Asks for the list of files first, so that one kind of weights is downloaded and no other."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         siblings = huggingface_hub.HfApi().model_info(repo_id, timeout=10).siblings or []
-        weights = _weight_patterns(repo_id, [sibling.rfilename for sibling in siblings])
-        return snapshot(allow_patterns=[*_SMALL_FILES, *weights])
+        weights = _weight_file(repo_id, [sibling.rfilename for sibling in siblings])
+        wanted = [*_SMALL_FILES, weights]
+        folder = snapshot(allow_patterns=wanted)
+        if weights.endswith(".index.json"):
+            folder = snapshot(allow_patterns=[*wanted, *_shards(folder / weights)])
+        return folder
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         reason = "the Hugging Face Hub has no such repository, or this account may not read it"
         raise FileNotFoundError(_not_fetched(repo_id, reason)) from error
@@ -254,18 +258,21 @@ def _not_fetched(repo_id: str, reason: str) -> str:
     )
 
 
-def _weight_patterns(repo_id: str, files: list[str]) -> tuple[str, ...]:
-    """The files of the preferred kind of weights only: repositories often hold the same weights
-    twice."""
+def _weight_file(repo_id: str, files: list[str]) -> str:
+    """The preferred one of the weight files or indices: repositories often hold weights twice."""
     for name in source.STANDARD_NAMES:
         if name in files:
-            stem, _, suffix = name.removesuffix(".index.json").rpartition(".")
-            return (name, f"{stem}-*-of-*.{suffix}") if name.endswith(".index.json") else (name,)
+            return name
     gguf = [name for name in files if name.endswith(".gguf")]
     hint = f"; it has {gguf[0]}: download one such file and pass its path" if gguf else ""
     raise CheckpointError(
         f"{repo_id} has no weights in a standard file ({', '.join(source.STANDARD_NAMES)}){hint}"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = source.read_json(index).get("weight_map")
+    return sorted({str(file) for file in weight_map.values()}) if weight_map else []
 
 
 def _is_complete(folder: Path) -> bool:
@@ -274,8 +281,6 @@ def _is_complete(folder: Path) -> bool:
         return False
     for name in source.STANDARD_NAMES:
         if (folder / name).is_file():
-            if not name.endswith(".index.json"):
-                return True
-            shards = source.read_json(folder / name).get("weight_map", {}).values()
+            shards = _shards(folder / name) if name.endswith(".index.json") else []
             return all((folder / shard).is_file() for shard in shards)
     return False

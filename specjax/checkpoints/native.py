@@ -1,9 +1,9 @@
 """specjax's own format: canonical linears as they are in memory, so that loading is reading.
 
 A Hugging Face folder whose config.json has `quantization_config` {"quant_method": "specjax", "format_version": 1,
-"linears": {prefix: {"scheme": name, "group_size": g}}}. Linear `prefix` is stored as `<prefix>.codes` ([N, K], or uint8
-[N, ceil(K / 2)] with the first code of a pair in the low nibble where codes have 4 bits) and one tensor per further array
-of `specjax.quant.linear.QuantizedLinear`, under its field name and in its dtype.
+"linears": {prefix: {"scheme": name, "group_size": g}}}. Linear `prefix` is stored as `<prefix>.codes` ([N, K], or
+where codes have 4 bits uint8 [N, ceil(K / 2)], the first code of a pair in the low nibble) and one tensor per
+further array of `specjax.quant.linear.QuantizedLinear`, under its field name and in its dtype.
 """
 
 import dataclasses
@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from specjax.checkpoints import tensors
+from specjax.checkpoints import codes, tensors
 from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError, ConfigError
-from specjax.quant import packing
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import Scheme
@@ -113,7 +112,7 @@ def _read_codes(source: TensorSource, name: str, scheme: Scheme, shape: tuple[in
     if spec.bits == 8:
         return jnp.asarray(tensors.read(source, name, [spec.code_dtype], shape))
     packed = tensors.read(source, name, [np.uint8], (rows, -(-columns // 2)))
-    return tensors.codes_to_device(packing.unpack_nibbles(packed)[:, :columns], scheme)
+    return codes.to_device(codes.split_nibbles(packed)[:, :columns], scheme)
 
 
 def check_linear(linear: QuantizedLinear, prefix: str) -> None:
@@ -122,10 +121,10 @@ def check_linear(linear: QuantizedLinear, prefix: str) -> None:
 
 def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The arrays of one linear under their file names."""
-    codes = tensors.codes_to_host(linear.codes)
+    host = codes.to_host(linear.codes)
     if linear.scheme.weights.bits == 4:
-        codes = packing.pack_nibbles(np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))))
-    packed = {f"{prefix}.codes": codes, f"{prefix}.scales": np.asarray(linear.scales)}
+        host = codes.join_nibbles(np.pad(host, ((0, 0), (0, host.shape[1] % 2))))
+    packed = {f"{prefix}.codes": host, f"{prefix}.scales": np.asarray(linear.scales)}
     for field in _OPTIONAL:
         if (array := getattr(linear, field)) is not None:
             packed[f"{prefix}.{field}"] = np.asarray(array)

@@ -1,9 +1,9 @@
 """QQQ checkpoints (HandH1998/QQQ, GPTQModel): W4A8, per channel or in groups of 128 with an int8 second level.
 
-Per linear: `B` int32 [K / 16, 2 N] in the tiles of `specjax.checkpoints.marlin`; `s_channel` float32 [1, N] permuted in
-blocks of 32; `s_group` float16 [K / 128, N] permuted in blocks of 64, or empty when per channel. Per channel the nibble is
-the two's complement of the code q in -7 .. 7 and W = 16 q s_channel (the kernel leaves nibbles shifted by four bits).
-In groups it is u = q + 8 and W = clip(round(q s_group)) s_channel.
+Per linear: `B` int32 [K / 16, 2 N] in the tiles of `specjax.checkpoints.marlin`; `s_channel` float32 [1, N]
+permuted in blocks of 32; `s_group` float16 [K / 128, N] permuted in blocks of 64, or empty when per channel. Per
+channel the nibble is the two's complement of the code q in -7 .. 7 and W = 16 q s_channel (the kernel leaves
+nibbles shifted by four bits). In groups it is u = q + 8 and W = clip(round(q s_group)) s_channel.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from specjax.checkpoints import marlin, tensors
+from specjax.checkpoints import codes, marlin, tensors
 from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
 from specjax.quant import scheme as schemes
@@ -103,23 +103,23 @@ def unpack_linear(
 ) -> QuantizedLinear:
     """The linear of one `B` with its scales, all as stored; only its outputs `rows`."""
     grouped = s_group is not None
-    codes = marlin.unpack_qqq(words, grouped)[rows]
+    nibbles = marlin.unpack_qqq(words, grouped)[rows]
     channel = marlin.restore_columns(s_channel, marlin.SCALE_ORDER_CHANNEL)[0, rows]
     channel = channel.astype(np.float32)
     if grouped:
-        codes = codes ^ np.uint8(8)
+        nibbles = nibbles ^ np.uint8(8)
         scales = marlin.restore_columns(s_group, marlin.SCALE_ORDER_GROUPED)[:, rows]
         scales = np.ascontiguousarray(scales.T)
     else:
         scales = (channel * _KERNEL_SHIFT)[:, None]
     scheme = schemes.lookup("w4a8-qqq")
     return QuantizedLinear(
-        codes=tensors.codes_to_device(codes, scheme),
+        codes=codes.to_device(nibbles, scheme),
         scales=jnp.asarray(scales),
         channel_scales=jnp.asarray(channel) if grouped else None,
         bias=bias,
         scheme=scheme,
-        group_size=GROUP_SIZE if grouped else codes.shape[1],
+        group_size=GROUP_SIZE if grouped else nibbles.shape[1],
     )
 
 
@@ -147,15 +147,15 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     """
     check_linear(linear, prefix)
     grouped = linear.channel_scales is not None
-    codes = tensors.codes_to_host(linear.codes)
+    host = codes.to_host(linear.codes)
     empty = np.zeros((0,), np.float16)
     channel = linear.channel_scales if grouped else linear.scales[:, 0]
     channel = np.asarray(channel).astype(np.float32) / (1 if grouped else _KERNEL_SHIFT)
     packed = {
-        f"{prefix}.B": marlin.pack_qqq(codes ^ np.uint8(8) if grouped else codes, grouped),
+        f"{prefix}.B": marlin.pack_qqq(host ^ np.uint8(8) if grouped else host, grouped),
         f"{prefix}.s_channel": marlin.permute_columns(channel[None], marlin.SCALE_ORDER_CHANNEL),
         f"{prefix}.s_group": marlin.permute_columns(
-            tensors.to_half(linear.scales, f"{prefix}.scales").T, marlin.SCALE_ORDER_GROUPED
+            codes.to_half(linear.scales, f"{prefix}.scales").T, marlin.SCALE_ORDER_GROUPED
         )
         if grouped
         else empty,

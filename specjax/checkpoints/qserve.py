@@ -6,9 +6,9 @@
 | QoQ per channel | `qweight` int8 [N, K / 2], `s1_scales` [N], `s1_szeros` [N] | u s1 - szeros |
 | QoQ g128 | `qweight`, `s1_scales`, `s2_scales` int8 [G, N], `s2_zeros` int8 [G, N] | int8(u s2 + s2_zeros) s1 |
 
-Tiles of `qweight` are described in `specjax.checkpoints.marlin`. The columns of `s2_*` are permuted in blocks of 32 outputs:
-DeepCompressor until February 2025 in the order that the kernels of OmniServe read, since then in another. Nothing in a file
-says which; the wrong one makes some u s2 + s2_zeros leave int8, which proves the other.
+Tiles of `qweight` are described in `specjax.checkpoints.marlin`. The columns of `s2_*` are permuted in blocks of 32
+outputs: DeepCompressor until February 2025 in the order that the kernels of OmniServe read, since then in another.
+Nothing in a file says which; the wrong one makes some u s2 + s2_zeros leave int8, which proves the other.
 SpecMQuant's `convert_w4a8_qoq_group` fuses q, k, v and gate, up; both forms are read.
 """
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from specjax.checkpoints import marlin, tensors
+from specjax.checkpoints import codes, fused, marlin, tensors
 from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
 from specjax.quant import scheme as schemes
@@ -32,7 +32,7 @@ S2_ORDERS = {
     "omniserve": _BLOCK.reshape(4, 8).T.reshape(-1),
     "deepcompressor": _BLOCK.reshape(2, 2, 8).transpose(0, 2, 1).reshape(-1),
 }
-"""Column j of a stored block of 32 is output S2_ORDERS[...][j]: 0, 8, 16, 24, 1, ... and 0, 8, 1, 9, ..., 16, 24, ..."""
+"""Column j of a stored block of 32 is output S2_ORDERS[...][j]: 0, 8, 16, 24, 1, ... or 0, 8, 1, 9, ..., 16, 24, ..."""
 GROUP_SIZE = 128
 
 
@@ -77,7 +77,7 @@ class QServeFormat:
         if tensors.has(source, f"{prefix}.dequant_scale"):
             linear = _read_w8a8(source, prefix, out_features, in_features)
         else:
-            rows = tensors.locate(source, prefix, "s1_scales", out_features)
+            rows = fused.locate(source, prefix, "s1_scales", out_features)
             tensors.divisible(
                 rows.prefix, 32, "side of a tile", out_features=rows.total, in_features=in_features
             )
@@ -89,9 +89,7 @@ class QServeFormat:
         """No dense tensor is renamed or transformed."""
         return None
 
-    def _grouped(
-        self, source: TensorSource, rows: tensors.Rows, in_features: int
-    ) -> QuantizedLinear:
+    def _grouped(self, source: TensorSource, rows: fused.Rows, in_features: int) -> QuantizedLinear:
         schemes.check_group_size(in_features, GROUP_SIZE, rows.prefix)
         shape = (in_features // GROUP_SIZE, rows.total)
         tiles, ours = rows.tiles(marlin.QSERVE_TILE)
@@ -104,7 +102,7 @@ class QServeFormat:
         )
         scheme = schemes.lookup("w4a8-qoq-s16")
         return QuantizedLinear(
-            codes=tensors.codes_to_device(_read_codes(source, rows, in_features), scheme),
+            codes=codes.to_device(_read_codes(source, rows, in_features), scheme),
             scales=jnp.asarray(np.ascontiguousarray(scales.T)),
             zeros=jnp.asarray(np.ascontiguousarray(zeros.T)),
             channel_scales=jnp.asarray(_read_channel(source, rows, "s1_scales")),
@@ -116,23 +114,21 @@ class QServeFormat:
 def _read_w8a8(
     source: TensorSource, prefix: str, out_features: int, in_features: int
 ) -> QuantizedLinear:
-    codes = tensors.read(source, f"{prefix}.weight", [np.int8], (out_features, in_features))
+    weight = tensors.read(source, f"{prefix}.weight", [np.int8], (out_features, in_features))
     scales = tensors.read(source, f"{prefix}.dequant_scale", tensors.FLOATS, (out_features,))
     scheme = schemes.lookup("w8a8-s16")
     return QuantizedLinear(
-        codes=tensors.codes_to_device(codes, scheme),
+        codes=codes.to_device(weight, scheme),
         scales=jnp.asarray(scales)[:, None],
         scheme=scheme,
         group_size=in_features,
     )
 
 
-def _read_per_channel(
-    source: TensorSource, rows: tensors.Rows, in_features: int
-) -> QuantizedLinear:
+def _read_per_channel(source: TensorSource, rows: fused.Rows, in_features: int) -> QuantizedLinear:
     scheme = schemes.lookup("w4a8-qoq-s16")
     return QuantizedLinear(
-        codes=tensors.codes_to_device(_read_codes(source, rows, in_features), scheme),
+        codes=codes.to_device(_read_codes(source, rows, in_features), scheme),
         scales=jnp.asarray(_read_channel(source, rows, "s1_scales"))[:, None],
         minima=-jnp.asarray(_read_channel(source, rows, "s1_szeros"))[:, None],
         scheme=scheme,
@@ -141,7 +137,7 @@ def _read_per_channel(
 
 
 def _read_codes(
-    source: TensorSource, rows: tensors.Rows, in_features: int
+    source: TensorSource, rows: fused.Rows, in_features: int
 ) -> UInt8[np.ndarray, "N K"]:
     shape = (rows.total, in_features // 2)
     packed = tensors.read(source, f"{rows.prefix}.qweight", [np.int8], shape)
@@ -149,7 +145,7 @@ def _read_codes(
     return marlin.unpack_qserve(packed[tiles])[ours]
 
 
-def _read_channel(source: TensorSource, rows: tensors.Rows, part: str):
+def _read_channel(source: TensorSource, rows: fused.Rows, part: str):
     values = tensors.read(source, f"{rows.prefix}.{part}", tensors.FLOATS, (rows.total,))
     return values[rows.start : rows.start + rows.count]
 
@@ -161,14 +157,14 @@ def prove_order(source: TensorSource) -> Order:
         CheckpointError: no linear decides.
     """
     for prefix, total, in_features in _grouped_linears(source):
-        rows = tensors.Rows(prefix=prefix, start=0, count=total, total=total)
-        codes = _read_codes(source, rows, in_features)
+        rows = fused.Rows(prefix=prefix, start=0, count=total, total=total)
+        unpacked = _read_codes(source, rows, in_features)
         scales, zeros = (source.read(f"{prefix}.{part}") for part in ("s2_scales", "s2_zeros"))
         fitting = [
             name
             for name, order in S2_ORDERS.items()
             if _stays_in_int8(
-                codes, *(marlin.restore_columns(s, order).T for s in (scales, zeros))
+                unpacked, *(marlin.restore_columns(s, order).T for s in (scales, zeros))
             ).all()
         ]
         if len(fitting) == 1:
@@ -189,13 +185,17 @@ def _grouped_linears(source: TensorSource) -> Iterator[tuple[str, int, int]]:
 
 
 def _stays_in_int8(
-    codes: UInt8[np.ndarray, "N K"], scales: Int[np.ndarray, "N G"], zeros: Int[np.ndarray, "N G"]
+    unpacked: UInt8[np.ndarray, "N K"],
+    scales: Int[np.ndarray, "N G"],
+    zeros: Int[np.ndarray, "N G"],
 ) -> Bool[np.ndarray, "N G"]:
-    """Whether u s2 + offset needs no wrapping; the offset is -255 .. 0, of which the file keeps the low eight bits."""
-    grouped = codes.reshape(*scales.shape, -1)
+    """Whether u s2 + offset needs no wrapping, where the file keeps the low eight bits of the offset."""
+    grouped = unpacked.reshape(*scales.shape, -1)
     scales, zeros = scales.astype(np.int32), zeros.astype(np.int32)
-    offset = np.where(zeros > 0, zeros - 256, zeros)
-    return (grouped.min(-1) * scales + offset >= -128) & (grouped.max(-1) * scales + offset <= 127)
+    low, high = grouped.min(-1) * scales + zeros, grouped.max(-1) * scales + zeros
+    # Quantizers subtract 0 .. 255, so a positive stored offset usually stands for itself - 256.
+    plain, wrapped = (low >= -128) & (high <= 127), (low >= 128) & (high <= 383)
+    return plain | (wrapped & (zeros > 0))
 
 
 def _kind(linear: QuantizedLinear) -> Literal["w8a8", "channel", "grouped"] | None:
@@ -239,10 +239,10 @@ def pack_linear(linear: QuantizedLinear, prefix: str) -> dict[str, np.ndarray]:
     kind = _kind(linear)
 
     def half(field: str) -> np.ndarray:
-        return tensors.to_half(getattr(linear, field), f"{prefix}.{field}")
+        return codes.to_half(getattr(linear, field), f"{prefix}.{field}")
 
-    codes = tensors.codes_to_host(linear.codes)
-    packed = {"weight": codes} if kind == "w8a8" else {"qweight": marlin.pack_qserve(codes)}
+    host = codes.to_host(linear.codes)
+    packed = {"weight": host} if kind == "w8a8" else {"qweight": marlin.pack_qserve(host)}
     if kind == "w8a8":
         packed["dequant_scale"] = half("scales")[:, 0]
     elif kind == "channel":

@@ -1,9 +1,10 @@
-"""Checkpoints converted by SpecMQuant (AI9Stars/SpecMQuant `model_convert`), whose Hub names end in W4A16-g128, W4A8-QQQ, ...
+"""Checkpoints converted by SpecMQuant (AI9Stars/SpecMQuant `model_convert`); Hub names end in W4A16-g128, W4A8-QQQ,
+...
 
-q, k, v are fused into `qkv_proj` and gate, up into `gate_up_proj`. W4A16: `qweight` int32 [K / 16, 2 N] in Marlin tiles and
-`scales` [G, N], permuted in blocks of 64 (groups of 128) or 32 (per channel); zeros and `g_idx` were dropped, which is
-right only for symmetric checkpoints with groups in input order. QQQ: the tensors of `specjax.checkpoints.qqq`, fused. The
-fused QoQ conversion is read by `specjax.checkpoints.qserve`.
+q, k, v are fused into `qkv_proj` and gate, up into `gate_up_proj`. W4A16: `qweight` int32 [K / 16, 2 N] in Marlin
+tiles and `scales` [G, N], permuted in blocks of 64 (groups of 128) or 32 (per channel); zeros and `g_idx` were
+dropped, which is right only for symmetric checkpoints with groups in input order. QQQ: the tensors of
+`specjax.checkpoints.qqq`, fused. The fused QoQ conversion is read by `specjax.checkpoints.qserve`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoints import marlin, qqq, tensors
+from specjax.checkpoints import codes, fused, marlin, qqq, tensors
 from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
 from specjax.quant import scheme as schemes
@@ -43,8 +44,8 @@ class SpecMQuantFormat:
         Raises:
             CheckpointError: the configuration has a setting that the conversion does not preserve; names the field.
         """
-        fused = {n.rpartition(".")[2] for n in source.names() if ".qkv_proj." in n}
-        if not fused & {"qweight", "B"} or "s1_scales" in fused:
+        parts = {n.rpartition(".")[2] for n in source.names() if ".qkv_proj." in n}
+        if not parts & {"qweight", "B"} or "s1_scales" in parts:
             return None
         config = quantization_config or {}
         size = tensors.one_of(config.get("group_size"), (GROUP_SIZE, -1), "group_size")
@@ -54,10 +55,10 @@ class SpecMQuantFormat:
         meta = config.get("meta") or {}
         if config.get("desc_act") and not config.get("static_groups", meta.get("static_groups")):
             raise CheckpointError(
-                "quantization_config.desc_act=true without static_groups: the conversion dropped g_idx, so the order of "
-                "the inputs is lost; convert the original GPTQ checkpoint instead, which specjax reads"
+                "quantization_config.desc_act=true without static_groups: the conversion dropped g_idx, so the order "
+                "of the inputs is lost; convert the original GPTQ checkpoint instead, which specjax reads"
             )
-        return cls(is_qqq="B" in fused, grouped=size == GROUP_SIZE)
+        return cls(is_qqq="B" in parts, grouped=size == GROUP_SIZE)
 
     def linear(
         self, source: TensorSource, prefix: str, out_features: int, in_features: int, bias: bool
@@ -74,7 +75,7 @@ class SpecMQuantFormat:
                 f"{prefix}.bias: missing, because SpecMQuant conversions drop biases; use the original checkpoint"
             )
         part = "s_channel" if self.is_qqq else "scales"
-        rows = tensors.locate(source, prefix, part, out_features)
+        rows = fused.locate(source, prefix, part, out_features)
         qqq.check_tiles(rows.prefix, rows.total, in_features)
         schemes.check_group_size(in_features, GROUP_SIZE if self.grouped else -1, prefix)
         read = self._qqq if self.is_qqq else self._marlin
@@ -84,18 +85,16 @@ class SpecMQuantFormat:
         """No dense tensor is renamed or transformed."""
         return None
 
-    def _marlin(
-        self, source: TensorSource, rows: tensors.Rows, in_features: int
-    ) -> QuantizedLinear:
+    def _marlin(self, source: TensorSource, rows: fused.Rows, in_features: int) -> QuantizedLinear:
         groups = in_features // GROUP_SIZE if self.grouped else 1
         words = _read_words(source, rows, "qweight", in_features)
         scales = _read_columns(source, rows, "scales", groups)
         order = marlin.SCALE_ORDER_GROUPED if self.grouped else marlin.SCALE_ORDER_CHANNEL
         _, ours = rows.tiles(marlin.TILE_N)
-        codes = marlin.unpack_marlin(words)[ours] ^ np.uint8(8)
+        nibbles = marlin.unpack_marlin(words)[ours] ^ np.uint8(8)
         scheme = schemes.lookup("w4a16")
         return QuantizedLinear(
-            codes=tensors.codes_to_device(codes, scheme),
+            codes=codes.to_device(nibbles, scheme),
             scales=jnp.asarray(
                 np.ascontiguousarray(marlin.restore_columns(scales, order)[:, ours].T)
             ),
@@ -103,7 +102,7 @@ class SpecMQuantFormat:
             group_size=in_features // groups,
         )
 
-    def _qqq(self, source: TensorSource, rows: tensors.Rows, in_features: int) -> QuantizedLinear:
+    def _qqq(self, source: TensorSource, rows: fused.Rows, in_features: int) -> QuantizedLinear:
         words = _read_words(source, rows, "B", in_features)
         s_channel = _read_columns(source, rows, "s_channel", 1)
         s_group = None
@@ -113,7 +112,7 @@ class SpecMQuantFormat:
         return qqq.unpack_linear(words, s_channel, s_group, None, ours)
 
 
-def _read_words(source: TensorSource, rows: tensors.Rows, part: str, in_features: int):
+def _read_words(source: TensorSource, rows: fused.Rows, part: str, in_features: int):
     """The words of the tiles that cover our outputs."""
     shape = (in_features // marlin.TILE_K, 2 * rows.total)
     words = tensors.read(source, f"{rows.prefix}.{part}", [np.int32], shape)
@@ -121,7 +120,7 @@ def _read_words(source: TensorSource, rows: tensors.Rows, part: str, in_features
     return words[:, 2 * tiles.start : 2 * tiles.stop]
 
 
-def _read_columns(source: TensorSource, rows: tensors.Rows, part: str, groups: int):
+def _read_columns(source: TensorSource, rows: fused.Rows, part: str, groups: int):
     """The scales, still permuted, of the tiles that cover our outputs."""
     shape = (groups, rows.total)
     scales = tensors.read(source, f"{rows.prefix}.{part}", tensors.FLOATS, shape)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,7 +109,24 @@ class ShardWriter:
         self._shards.append(list(self._entries))
 
 
-def header_space(names: Iterator[str] | list[str], tensors_per_name: int) -> int:
+def write_shards(
+    directory: Path,
+    tensors: Iterable[tuple[str, Shaped[np.ndarray, "..."]]],
+    *,
+    shard_bytes: int,
+    header_bytes: int,
+) -> None:
+    """Writes named tensors as they come, see `ShardWriter`."""
+    shards = ShardWriter(directory, shard_bytes=shard_bytes, header_bytes=header_bytes)
+    try:
+        for name, array in tensors:
+            shards.add(name, array)
+        shards.close()
+    finally:
+        shards.abort()
+
+
+def header_space(names: Sequence[str], tensors_per_name: int) -> int:
     """Bytes that suffice for a header with up to `tensors_per_name` tensors below each of `names`."""
     # dtype, shape and offsets of one entry take less than 160 bytes, its suffix less than 40.
     return 64 + sum(tensors_per_name * (len(name) + 200) for name in names)

@@ -11,7 +11,9 @@ from typing import Any
 from specjax.checkpoints import heads, hub
 from specjax.drafters.base import Drafter
 from specjax.drafters.eagle import eagle
+from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
+from specjax.drafters.medusa import default_choices, medusa
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
@@ -33,11 +35,17 @@ def _ngram(target, draft_depth: int = 9, ngram_max: int = 4, ngram_min: int = 2)
 
 def _lm(target, model: str, draft_depth: int = 4, scheme: str | None = None) -> Drafter:
     _positive(draft_depth=draft_depth)
-    from specjax import loading  # which builds targets and so imports this module
+    return LM(model=_draft_model(target, model, scheme).module, draft_depth=draft_depth)
 
-    draft = loading.load(model, dtype=target.dtype_name, scheme=scheme)
-    _same_tokenizer(target, draft)
-    return LM(model=draft.module, draft_depth=draft_depth)
+
+def _hierarchical(
+    target, model: str, inner: Any, min_draft_depth: int = 6, scheme: str | None = None
+) -> Drafter:
+    _positive(min_draft_depth=min_draft_depth)
+    draft = _draft_model(target, model, scheme)
+    return Hierarchical(
+        model=draft.module, inner=build(inner, draft), min_draft_depth=min_draft_depth
+    )
 
 
 def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
@@ -56,8 +64,18 @@ def _eagle(
             f"drafter 'eagle': no head ships for {target.name!r}; pass its directory "
             "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
         )
-    head = heads.load_head(hub.resolve(str(path)), target.module, target.name)
+    head = heads.load_eagle(hub.resolve(str(path)), target.module, target.name)
     return eagle(head, draft_depth=draft_depth, topk=topk, num_nodes=num_nodes)
+
+
+def _medusa(target, model: str, tree: str | list | None = None) -> Drafter:
+    loaded, named = heads.load_medusa(hub.resolve(model), target.module)
+    if isinstance(tree, str) and tree not in named:
+        raise ConfigError(
+            f"medusa tree={tree!r}: medusa_choices.json of {model} has {', '.join(named) or 'none'}"
+        )
+    choices = named[tree] if isinstance(tree, str) else tree
+    return medusa(loaded, choices or default_choices(len(loaded.heads)))
 
 
 _BUILDERS: dict[str, Callable[..., Drafter]] = {
@@ -66,6 +84,8 @@ _BUILDERS: dict[str, Callable[..., Drafter]] = {
     "lm": _lm,
     "self": _self,
     "eagle": _eagle,
+    "medusa": _medusa,
+    "hierarchical": _hierarchical,
 }
 
 
@@ -145,6 +165,15 @@ def _positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
+
+
+def _draft_model(target, model: str, scheme: str | None):
+    """Loads a draft model in the target's compute dtype, with codes where it shall run under another scheme."""
+    from specjax import loading  # which builds targets and so imports this module
+
+    draft = loading.load(model, dtype=target.dtype_name, scheme=scheme)
+    _same_tokenizer(target, draft)
+    return draft
 
 
 def _same_tokenizer(target, draft) -> None:

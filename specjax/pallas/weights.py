@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Shaped
 
+from specjax.pallas import matmul_dense
+
 
 @runtime_checkable
 class QuantizedWeight(Protocol):
@@ -102,8 +104,7 @@ def weight_only(
     x: Float[Array, "... K"], weight: QuantizedWeight, bias: Float[Array, "N"] | None = None
 ) -> Float[Array, "... N"]:
     """x W^T + bias in the dtype of x, W dequantized to that dtype, sums in float32."""
-    dense = dequantize(weight, x.dtype)
-    out = jnp.einsum("...k,nk->...n", x, dense, preferred_element_type=jnp.float32)
+    out = matmul_dense.matmul(x, dequantize(weight, x.dtype), jnp.float32)
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -118,6 +119,23 @@ def accumulate(x: Shaped[Array, "M K"], codes: Shaped[Array, "N K"]) -> Shaped[A
         return jax.lax.dot_general(x, codes, contract, preferred_element_type=jnp.int32)
     x, codes = x.astype(jnp.float32), codes.astype(jnp.float32)
     return jax.lax.dot_general(x, codes, contract, precision=jax.lax.Precision.HIGHEST)
+
+
+def _sum_groups(
+    x: Shaped[Array, "M K"], codes: Shaped[Array, "N K"], scales: Float[Array, "N G"]
+) -> Float[Array, "M N"]:
+    """sum_g accumulate(group g) * scales[:, g], in order of g."""
+    size = codes.shape[1] // scales.shape[1]
+
+    # A loop, because all accumulators at once take G times the memory of the result, and because
+    # XLA compiles it several times faster than the same products written out.
+    def add_group(group, out):
+        parts = [jax.lax.dynamic_slice_in_dim(a, group * size, size, axis=1) for a in (x, codes)]
+        scale = jax.lax.dynamic_index_in_dim(scales, group, axis=1, keepdims=False)
+        return out + accumulate(*parts).astype(jnp.float32) * scale
+
+    start = jnp.zeros((len(x), len(codes)), jnp.float32)
+    return jax.lax.fori_loop(0, scales.shape[1], add_group, start)
 
 
 def quantized(
@@ -137,21 +155,12 @@ def quantized(
     everything after the accumulators is float32, then rounded to `out_dtype`.
     """
     codes, scales = runtime(weight)
-    (outputs, groups), features = scales.shape, x_codes.shape[-1]
-    rows = x_codes.reshape(math.prod(x_codes.shape[:-1]), features)
+    outputs, groups = scales.shape
+    rows = x_codes.reshape(math.prod(x_codes.shape[:-1]), x_codes.shape[-1])
     if groups == 1:
         out = accumulate(rows, codes).astype(jnp.float32) * scales[:, 0]
     else:
-        # One group at a time: all accumulators at once would take G times the memory of the result.
-        def add_group(out, group):
-            x_group, codes_group, scales_group = group
-            return out + accumulate(x_group, codes_group).astype(jnp.float32) * scales_group, None
-
-        split = [
-            a.reshape(len(a), groups, features // groups).swapaxes(0, 1) for a in (rows, codes)
-        ]
-        start = jnp.zeros((len(rows), outputs), jnp.float32)
-        out, _ = jax.lax.scan(add_group, start, (*split, scales.T))
+        out = _sum_groups(rows, codes, scales)
     out = out.reshape(*x_codes.shape[:-1], outputs) * x_scale.astype(jnp.float32)
     if weight.minima is not None:
         minima = weight.minima.astype(jnp.float32)

@@ -1,6 +1,7 @@
 """Dynamic rounding of activations: one symmetric scale per token, from its row's maximum.
 
-    scale = amax * (1 / levels)        levels = 127 (int8), 7 (int4), 448 (e4m3), 6 (e2m1)
+    scale = amax * (1 / levels)        levels = 127 (int8), 7 (int4), 448 (e4m3), 6 (e2m1);
+                                       127.5 and 7.5 with `full_range`
     codes = round_half_even(x * (levels / amax)), clipped to the code range
 
 Everything is float32. The two factors are written as products on purpose: a compiler may turn a
@@ -50,7 +51,7 @@ def quantize(
     codes = values * inverse
     if spec.kind == "int":
         codes = jnp.round(codes)
-    codes = jnp.clip(codes, -spec.levels, spec.levels).astype(spec.code_dtype)
+    codes = jnp.clip(codes, *spec.code_range).astype(spec.code_dtype)
     sums = None
     if sum_groups is not None:
         sums = _rounded(

@@ -4,7 +4,7 @@ Quantizers see windows of equal length, cut from documents in an order that the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,19 +17,19 @@ _ROW_FIELDS = "text, messages, turns, or prompt (with response)"
 
 
 class Tokenizer(Protocol):
-    """What calibration needs of a tokenizer."""
+    """What calibration needs of a tokenizer; `specjax.tokenizer.Tokenizer` is one."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]: ...
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
 
 
 def read_documents(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each document of a file.
 
     A .txt file is one document. .jsonl has one object per line, .json a list of objects; a field
-    `text` is taken as it is, `messages`, `turns` (user turns) and `prompt` with an optional
-    `response` go through the chat template.
+    `text` is taken as it is, `messages`, `turns` (the first user turn) and `prompt` with an
+    optional `response` go through the chat template.
 
     Raises:
         FileNotFoundError: no such file.
@@ -94,15 +94,25 @@ def _encode(row: Any, tokenizer: Tokenizer, name: str) -> list[int]:
     fields = row if isinstance(row, dict) else {}
     if isinstance(fields.get("text"), str):
         return tokenizer.encode(fields["text"])
-    if isinstance(fields.get("messages"), list):
-        return tokenizer.chat(fields["messages"])
-    if isinstance(fields.get("turns"), list):
-        return tokenizer.chat([{"role": "user", "content": turn} for turn in fields["turns"][:1]])
-    if isinstance(fields.get("prompt"), str):
-        messages = [{"role": "user", "content": fields["prompt"]}]
-        if isinstance(fields.get("response"), str):
-            messages.append({"role": "assistant", "content": fields["response"]})
-        return tokenizer.chat(messages)
-    raise ConfigError(
-        f"calibration_file={name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}"
-    )
+    messages = _messages(fields)
+    if not messages:
+        raise ConfigError(
+            f"calibration_file={name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}"
+        )
+    # The template ends where the assistant begins to speak: its last words follow as they are.
+    said = messages.pop()["content"] if messages[-1].get("role") == "assistant" else ""
+    return tokenizer.apply_chat_template(messages) + tokenizer.encode(said, False)
+
+
+def _messages(fields: dict[str, Any]) -> list[dict[str, str]]:
+    """A row's conversation; empty if it has none."""
+    messages, turns, prompt = (fields.get(name) for name in ("messages", "turns", "prompt"))
+    if isinstance(messages, list):
+        return [dict(message) for message in messages]
+    if isinstance(turns, list) and turns:
+        return [{"role": "user", "content": turns[0]}]
+    if not isinstance(prompt, str):
+        return []
+    said = fields.get("response")
+    answer = [{"role": "assistant", "content": said}] if isinstance(said, str) else []
+    return [{"role": "user", "content": prompt}, *answer]

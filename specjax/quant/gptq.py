@@ -8,12 +8,13 @@ is the natural one.
 """
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax import errors
 from specjax.quant import grid as grids
@@ -25,57 +26,36 @@ from specjax.quant.scheme import Scheme, WeightSpec
 _BLOCK = 128
 
 
-def quantize(
-    weight: Float[Array, "N K"],
-    hessian: Float[np.ndarray | Array, "K K"],
-    scheme: Scheme,
-    group_size: int = -1,
-    *,
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factor:
+    """What calibration inputs say about rounding: shared by all linears that see the same inputs.
+
+    Attributes:
+        order: features in the order of visits.
+        upper: upper triangular U with U^T U the inverse of the damped Hessian, in that order.
+        dead: features that were never active.
+        act_order: whether `order` is by falling diagonal (groups are then static).
+    """
+
+    order: Int[np.ndarray, "K"]
+    upper: Float[np.ndarray, "K K"]
+    dead: Bool[np.ndarray, "K"]
+    act_order: bool
+
+
+def factorize(
+    hessian: Float[np.ndarray, "K K"],
     damping: float = 0.01,
     act_order: bool = False,
-    clip: ClipSearch | None = None,
-    bias: Float[Array, "N"] | None = None,
     name: str = "linear",
-) -> QuantizedLinear:
-    """Quantizes a weight so that outputs on the calibration inputs change least.
+) -> Factor:
+    """Factors a Hessian, (2/n) sum x x^T or any positive multiple of it, in float64.
 
     Args:
-        weight: dense, any float dtype; errors are propagated in float32, the factorization is
-            float64.
-        hessian: (2/n) sum x x^T, or any positive multiple of it.
-        scheme: decides the grid; its activations only end up in the result.
-        group_size: input features that share a scale; -1 is all of them.
+        hessian: symmetric, positive semidefinite.
         damping: share of the mean diagonal that is added to the diagonal.
-        act_order: visit features by falling diagonal, with static groups.
-        clip: search for each group's range, or None to cover it.
-        bias: kept as it is.
+        act_order: visit features by falling diagonal.
         name: of the linear, for errors.
-
-    Raises:
-        ConfigError: `group_size` does not divide K.
-        SpecjaxError: the Hessian is not finite, or not positive definite even with damping.
-    """
-    inputs = weight.shape[1]
-    size = schemes.check_group_size(inputs, group_size, name)
-    hessian = np.asarray(hessian, np.float64)
-    dead = np.diagonal(hessian) <= 0
-    weight = jnp.where(jnp.asarray(dead), 0.0, weight.astype(jnp.float32))
-    order = np.argsort(-np.diagonal(hessian), kind="stable") if act_order else np.arange(inputs)
-    factor = inverse_factor(hessian[np.ix_(order, order)], damping, name)
-    static = act_order or size == inputs or scheme.weights.levels == "qqq"
-    block = _divisor(inputs, _BLOCK) if static else size
-    grid, codes = _propagate(
-        *(weight, jnp.asarray(factor), jnp.asarray(order)),
-        *(scheme.weights, size, block, static, clip),
-    )
-    return grids.to_linear(grid, codes, scheme, size, bias)
-
-
-def inverse_factor(
-    hessian: Float[np.ndarray, "K K"], damping: float, name: str = "linear"
-) -> Float[np.ndarray, "K K"]:
-    """Upper Cholesky factor (float32) of the damped Hessian's inverse; features never active count
-    as independent.
 
     Raises:
         SpecjaxError: the Hessian is not finite, or not positive definite even with damping.
@@ -87,19 +67,58 @@ def inverse_factor(
         )
     damped = np.array(hessian, np.float64)
     diagonal = np.einsum("ii->i", damped)
-    diagonal[diagonal <= 0] = 1
+    dead = diagonal <= 0
+    diagonal[dead] = 1
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(damped))
     diagonal += damping * diagonal.mean()
+    # H = R R^T with R upper triangular (a Cholesky factor from the last feature on); U = R^-1.
+    backwards = damped[np.ix_(order[::-1], order[::-1])]
     try:
-        lower = scipy.linalg.cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
-        inverse, _ = scipy.linalg.lapack.dpotri(lower, lower=True, overwrite_c=True)
-        inverse = np.tril(inverse) + np.tril(inverse, -1).T
-        factor = scipy.linalg.cholesky(inverse, lower=False, overwrite_a=True, check_finite=False)
+        lower = scipy.linalg.cholesky(backwards, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
         raise errors.SpecjaxError(
             f"{name}: the Hessian is not positive definite with damping={damping}; "
             "use more calibration tokens or a larger damping"
         ) from None
-    return factor.astype(np.float32)
+    inverse, _ = scipy.linalg.lapack.dtrtri(lower, lower=True)
+    upper = np.tril(inverse)[::-1, ::-1].astype(np.float32)
+    return Factor(order=order, upper=upper, dead=dead, act_order=act_order)
+
+
+def quantize(
+    weight: Float[Array, "N K"],
+    factor: Factor,
+    scheme: Scheme,
+    group_size: int = -1,
+    *,
+    clip: ClipSearch | None = None,
+    bias: Float[Array, "N"] | None = None,
+    name: str = "linear",
+) -> QuantizedLinear:
+    """Quantizes a weight so that outputs on the calibration inputs change least.
+
+    Args:
+        weight: dense, any float dtype; the arithmetic is float32.
+        factor: of the Hessian of the inputs; weights of dead features become 0.
+        scheme: decides the grid; its activations only end up in the result.
+        group_size: input features that share a scale; -1 is all of them.
+        clip: search for each group's range, or None to cover it.
+        bias: kept as it is.
+        name: of the linear, for errors.
+
+    Raises:
+        ConfigError: `group_size` does not divide K.
+    """
+    inputs = weight.shape[1]
+    size = schemes.check_group_size(inputs, group_size, name)
+    weight = jnp.where(jnp.asarray(factor.dead), 0.0, weight.astype(jnp.float32))
+    static = factor.act_order or size == inputs or scheme.weights.levels == "qqq"
+    block = _divisor(inputs, _BLOCK) if static else size
+    grid, codes = _propagate(
+        *(weight, jnp.asarray(factor.upper), jnp.asarray(factor.order, jnp.int32)),
+        *(scheme.weights, size, block, static, clip),
+    )
+    return grids.to_linear(grid, codes, scheme, size, bias)
 
 
 def _divisor(size: int, largest: int) -> int:

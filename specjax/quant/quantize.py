@@ -107,10 +107,20 @@ def _quantize_layer(
             strength=recipe.strength,
             outputs=recipe.smooth_outputs,
         )
+    prefix = f"model.layers.{index}"
+    rounding = {}
+    if recipe.rounding == "gptq":
+        rounding = {
+            site: gptq.factorize(
+                *(np.asarray(seen.gram), recipe.damping, recipe.act_order),
+                f"{prefix} ({site} inputs)",
+            )
+            for site, seen in found.items()
+        }
     new = layerwise.with_linears(
         layer,
         lambda name, linear: quantize_linear(
-            linear, recipe, found.get(SITES[name]), f"model.layers.{index}.{name}"
+            linear, recipe, rounding.get(SITES[name]), f"{prefix}.{name}"
         ),
     )
     if recipe.needs_calibration:
@@ -119,20 +129,16 @@ def _quantize_layer(
 
 
 def quantize_linear(
-    linear: nn.Linear, recipe: Recipe, statistics: SiteStatistics | None, name: str
+    linear: nn.Linear, recipe: Recipe, factor: gptq.Factor | None, name: str
 ) -> QuantizedLinear:
-    """One dense linear by the recipe's rounding; `name` is for errors."""
+    """One dense linear; by GPTQ with a factor, else to nearest. `name` is for errors."""
     weight = linear.weight[...].astype(jnp.float32)
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
+    settings = (recipe.scheme, recipe.group_size)
     shared = dict(clip=recipe.clip, bias=bias, name=name)
-    if recipe.rounding == "rtn":
-        return rtn.quantize(weight, recipe.scheme, recipe.group_size, **shared)
-    return gptq.quantize(
-        *(weight, np.asarray(statistics.gram), recipe.scheme, recipe.group_size),
-        damping=recipe.damping,
-        act_order=recipe.act_order,
-        **shared,
-    )
+    if factor is None:
+        return rtn.quantize(weight, *settings, **shared)
+    return gptq.quantize(weight, factor, *settings, **shared)
 
 
 def _float32(layer: nn.DecoderLayer) -> nn.DecoderLayer:

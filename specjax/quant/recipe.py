@@ -88,8 +88,8 @@ def make(
         raise ConfigError(f"method='qoq' needs scheme='w4a8-qoq', found scheme={scheme!r}")
     if method == "smoothquant" and found.activations is None:
         raise ConfigError(
-            f"method='smoothquant' eases the rounding of activations, scheme={scheme!r} does not round "
-            "them; use it with w8a8, w4a8, w4a8-qqq, w4a8-qoq, w4a4 or fp8, or choose gptq or rtn"
+            f"method='smoothquant' eases the rounding of activations, which scheme={scheme!r} does "
+            "not round; use it with w8a8, w4a8, w4a8-qqq, w4a8-qoq, w4a4 or fp8, or choose gptq or rtn"
         )
     if strength is not None and not 0 <= strength <= 1:
         raise ConfigError(f"smooth_strength={strength} is outside [0, 1]")

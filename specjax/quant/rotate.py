@@ -66,7 +66,7 @@ def _check(model: Llama, rotation: Rotation) -> None:
         )
     if rotation.head is not None and len(rotation.head) != head_dim:
         raise errors.ConfigError(
-            f"rotation's heads are of order {len(rotation.head)}, the model's head_dim is {head_dim}"
+            f"rotation of heads is of order {len(rotation.head)}, the model's head_dim is {head_dim}"
         )
     for layer in model.model.layers:
         parts = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj)

@@ -27,6 +27,11 @@ _CODE_DTYPES = {
 }
 
 
+def _code_range(dtype: jnp.dtype) -> tuple[float, float]:
+    info = (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype)
+    return float(info.min), float(info.max)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
     """How weights are coded.
@@ -68,8 +73,7 @@ class WeightSpec:
     @property
     def code_range(self) -> tuple[float, float]:
         """Smallest and largest code (largest finite magnitudes for floating-point codes)."""
-        info = jnp.finfo if self.kind == "float" else jnp.iinfo
-        return float(info(self.code_dtype).min), float(info(self.code_dtype).max)
+        return _code_range(self.code_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +85,14 @@ class ActivationSpec:
         bits: 4 or 8.
         scale_dtype: float32, or float16 for the arithmetic of QServe, which stores scales and row
             sums in half precision.
+        full_range: integer codes use -128 as well as 127: the scale is amax / 127.5 (4 bits: 7.5)
+            and the largest magnitude is clipped by half a code, as compressed-tensors defines it.
     """
 
     kind: Kind = "int"
     bits: int
     scale_dtype: Literal["float32", "float16"] = "float32"
+    full_range: bool = False
 
     def __post_init__(self):
         if self.kind not in ("int", "float") or self.bits not in (4, 8):
@@ -98,6 +105,8 @@ class ActivationSpec:
                 f"activations scale_dtype={self.scale_dtype!r} is not supported; "
                 "supported: float32, float16"
             )
+        if self.full_range and self.kind == "float":
+            raise errors.ConfigError("activations full_range=True is for integer codes only")
 
     @property
     def code_dtype(self) -> jnp.dtype:
@@ -105,9 +114,16 @@ class ActivationSpec:
 
     @property
     def levels(self) -> float:
-        """The code that the largest magnitude of a row maps to: 127, 7, 448 (e4m3) or 6 (e2m1)."""
-        info = jnp.finfo if self.kind == "float" else jnp.iinfo
-        return float(info(self.code_dtype).max)
+        """What the largest magnitude of a row maps to: 127, 7, 448 (e4m3) or 6 (e2m1).
+
+        127.5 and 7.5 with `full_range`, before codes are clipped to `code_range`.
+        """
+        return self.code_range[1] + (0.5 if self.full_range else 0)
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """Smallest and largest code (largest finite magnitudes for floating-point codes)."""
+        return _code_range(self.code_dtype)
 
 
 def _fit(weights: WeightSpec, activations: ActivationSpec | None) -> bool:
@@ -151,8 +167,11 @@ class Scheme:
                 name += f"-{weights.levels}"
             elif not weights.symmetric:
                 name += "-asym"
-        half = self.activations is not None and self.activations.scale_dtype == "float16"
-        return name + ("-s16" if half else "")
+        if self.activations is not None and self.activations.full_range:
+            name += "-full"
+        if self.activations is not None and self.activations.scale_dtype == "float16":
+            name += "-s16"
+        return name
 
     def __str__(self) -> str:
         return self.name
@@ -169,8 +188,12 @@ def _all_schemes() -> dict[str, Scheme]:
         WeightSpec(kind="float", bits=8),
         WeightSpec(kind="float", bits=4),
     ]
-    specs = itertools.product(("int", "float"), (8, 4), ("float32", "float16"))
-    activations = [ActivationSpec(kind=k, bits=b, scale_dtype=d) for k, b, d in specs]
+    specs = itertools.product((8, 4), ("float32", "float16"))
+    activations = [
+        ActivationSpec(kind=kind, bits=bits, scale_dtype=dtype, full_range=full)
+        for bits, dtype in specs
+        for kind, full in (("int", False), ("int", True), ("float", False))
+    ]
     combinations = [
         Scheme(weights=weight, activations=activation)
         for weight, activation in itertools.product(weights, [None, *activations])

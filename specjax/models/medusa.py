@@ -1,0 +1,50 @@
+"""Medusa-1 heads (arXiv 2401.10774): each predicts one token further ahead from the same feature."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from specjax.config import ModelConfig
+from specjax.models import layers as nn
+
+
+class MedusaHead(nnx.Module):
+    """logits = lm_head(x + silu(linear(x))) for the final-norm feature x."""
+
+    def __init__(self, linear: nn.Linear, lm_head: nn.Linear):
+        self.linear, self.lm_head = linear, lm_head
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        residual = jax.nn.silu(self.linear(x).astype(jnp.float32)).astype(x.dtype)
+        return self.lm_head(x + residual).astype(jnp.float32)
+
+
+class MedusaHeads(nnx.Module):
+    """Head i predicts the token i + 2 positions after the feature's (the target itself predicts the next one)."""
+
+    def __init__(self, heads: list[MedusaHead]):
+        self.heads = nnx.List(heads)
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B n V"]:
+        return jnp.stack([head(x) for head in self.heads], axis=1)
+
+
+def build(checkpoint, config: ModelConfig, num_heads: int, dtype) -> MedusaHeads:
+    """Assembles heads from tensors `i.0.linear.{weight,bias}` and `i.1.weight`.
+
+    Args:
+        config: the target's; heads have no shape of their own.
+    """
+    width, vocab = config.hidden_size, config.vocab_size
+
+    def tensor(name, shape):
+        return jnp.asarray(checkpoint.tensor(name, shape), dtype)
+
+    heads = []
+    for i in range(num_heads):
+        weight = tensor(f"{i}.0.linear.weight", (width, width))
+        bias = tensor(f"{i}.0.linear.bias", (width,))
+        out = tensor(f"{i}.1.weight", (vocab, width))
+        heads.append(MedusaHead(nn.Linear(weight, bias), nn.Linear(out)))
+    return MedusaHeads(heads)
