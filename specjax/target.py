@@ -1,6 +1,8 @@
 """The target's two passes: over a chunk of prompts and over a draft tree."""
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from specjax import tree as trees
@@ -30,6 +32,19 @@ def forward_tree(
         logits of every node, features of every node (None where none are needed), the cache, and the tree that the rows
         belong to (the one sent; a target that prunes may return a subset).
     """
+    if not tree.often_empty:
+        return *_score(model, tree, cache, lengths, needs), tree
+    outputs = lax.cond(
+        jnp.any(trees.num_draft_tokens(tree) > 0),
+        lambda cache: _score(model, tree, cache, lengths, needs),
+        lambda cache: _score_root(model, tree, cache, lengths, needs),
+        cache,
+    )
+    return *outputs, tree
+
+
+def _score(model: Llama, tree: Tree, cache: KVCache, lengths, needs):
+    """Logits, features and cache of a pass over all nodes."""
     capture = needs if isinstance(needs, tuple) else ()
     if tree.is_chain:
         block = layers.causal_block(tree.tokens, lengths)
@@ -43,7 +58,18 @@ def forward_tree(
             tail=mask,
         )
     out = model(block, cache, capture)
-    return model.logits(out.hidden), _features(out, needs), out.cache, tree
+    return model.logits(out.hidden), _features(out, needs), out.cache
+
+
+def _score_root(model: Llama, tree: Tree, cache: KVCache, lengths, needs):
+    """Like `_score` for trees of which only the root is used; the other nodes' rows are zeros."""
+    root = trees.chain(tree.tokens[:, 0], tree.tokens[:, :0])
+    logits, features, cache = _score(model, root, cache, lengths, needs)
+
+    def padded(rows):
+        return jnp.pad(rows, ((0, 0), (0, tree.num_nodes - 1), (0, 0)))
+
+    return *jax.tree.map(padded, (logits, features)), cache
 
 
 def _features(out: ForwardOutput, needs):

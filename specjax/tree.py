@@ -21,12 +21,15 @@ class Tree:
         parents: index of each node's parent, smaller than the node's own; -1 for the root and for unused nodes.
         max_depth: static bound on the depth of any node (the root has depth 0).
         is_chain: static promise that node i, where used, has depth i.
+        often_empty: static hint that often no node besides the root is used; the target then looks first, and runs the
+            root alone where that is so.
     """
 
     tokens: Int[Array, "B N"]
     parents: Int[Array, "B N"]
     max_depth: int = field(metadata={"static": True})
     is_chain: bool = field(default=False, metadata={"static": True})
+    often_empty: bool = field(default=False, metadata={"static": True})
 
     @property
     def num_nodes(self) -> int:
@@ -35,7 +38,10 @@ class Tree:
 
 
 def chain(
-    root: Int[Array, "B"], drafts: Int[Array, "B n"], num_drafts: Int[Array, "B"] | None = None
+    root: Int[Array, "B"],
+    drafts: Int[Array, "B n"],
+    num_drafts: Int[Array, "B"] | None = None,
+    often_empty: bool = False,
 ) -> Tree:
     """The root followed by a chain of drafts, of which the first `num_drafts` are used (default: all)."""
     count = drafts.shape[1]
@@ -44,7 +50,9 @@ def chain(
         used = jnp.arange(count + 1) <= num_drafts[:, None]
         parents = jnp.where(used, parents, -1)
     tokens = jnp.concatenate([root[:, None], drafts], axis=1)
-    return Tree(tokens=tokens, parents=parents, max_depth=count, is_chain=True)
+    return Tree(
+        tokens=tokens, parents=parents, max_depth=count, is_chain=True, often_empty=often_empty
+    )
 
 
 def used(tree: Tree) -> Bool[Array, "B N"]:

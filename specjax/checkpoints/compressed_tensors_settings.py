@@ -88,4 +88,5 @@ def _parse_activations(config: dict | None, kind: str, field: str) -> Activation
     tensors.one_of(config.get("dynamic"), (True,), f"{field}.dynamic")
     tensors.one_of(config.get("strategy"), ("token",), f"{field}.strategy")
     tensors.one_of(config.get("symmetric", True), (True,), f"{field}.symmetric")
-    return ActivationSpec(kind=kind, bits=config["num_bits"])
+    # Its symmetric integer scale is amax over half the code range, (qmax - qmin) / 2 = 127.5 for 8 bits.
+    return ActivationSpec(kind=kind, bits=config["num_bits"], full_range=kind == "int")

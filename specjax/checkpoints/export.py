@@ -39,6 +39,7 @@ from specjax.config import DTYPES, ModelConfig
 from specjax.errors import CheckpointError
 from specjax.models.layers import Linear
 from specjax.models.llama import Llama
+from specjax.quant import rotation as rotations
 from specjax.quant.linear import QuantizedLinear
 
 DENSE = "dense"
@@ -106,7 +107,7 @@ def export(
         format: one of `FORMATS`.
         dtype: of embeddings, norms and dense linears; the module's if None.
         extra_files: copied beside the weights: tokenizer files, generation_config.json, a stored rotation.
-        rotation: identifies the rotation that was folded into the weights, for the manifest.
+        rotation: id of the rotation that was folded into the weights, for the manifest.
         source: says what the weights were made from (a path or digest), for the manifest.
         layout: "orbax" stores the tensors of format "specjax" as an Orbax checkpoint in a subfolder; it needs them all
             in host memory at once.
@@ -117,10 +118,10 @@ def export(
         `path`.
 
     Raises:
-        CheckpointError: the format is unknown or cannot hold a linear of the model; or `path` is taken.
+        CheckpointError: the format is unknown or cannot hold the model; or `path` is taken.
         FileNotFoundError: one of `extra_files` does not exist.
     """
-    items = list(parameters(module))
+    online, items = _is_rotated_online(module), list(parameters(module))
     linears = {name: item for name, item in items if isinstance(item, QuantizedLinear)}
     dense = tuple(name for name, item in items if isinstance(item, Linear))
     dtype = dtype or jnp.dtype(module.dtype).name
@@ -128,6 +129,8 @@ def export(
     quantization = _check(format, linears, dense, dtype, extra_files)
     if layout == "orbax" and format != "specjax":
         raise CheckpointError(f"layout='orbax' is for format='specjax', not {format!r}")
+    if online:
+        _check_online(format, rotation, extra_files)
     if quantization is not None:
         fields["quantization_config"] = quantization
     with writer.whole_folder(path, overwrite) as folder:
@@ -152,6 +155,8 @@ def parameters(
 ) -> Iterator[tuple[str, Shaped[Array, "..."] | Linear | QuantizedLinear]]:
     """Arrays by full name and linears by prefix, in the order of the forward pass.
 
+    Of a linear with an online rotation of its input, the linear itself.
+
     Raises:
         CheckpointError: the projections are fused.
     """
@@ -164,16 +169,43 @@ def parameters(
             )
         yield f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight[...]
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{prefix}.self_attn.{leaf}", getattr(attention, leaf)
+            yield f"{prefix}.self_attn.{leaf}", _stored(getattr(attention, leaf))
         yield (
             f"{prefix}.post_attention_layernorm.weight",
             layer.post_attention_layernorm.weight[...],
         )
         for leaf in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{prefix}.mlp.{leaf}", getattr(mlp, leaf)
+            yield f"{prefix}.mlp.{leaf}", _stored(getattr(mlp, leaf))
     yield "model.norm.weight", module.model.norm.weight[...]
     if module.lm_head is not None:
         yield "lm_head", module.lm_head
+
+
+def _stored(linear):
+    return linear.linear if isinstance(linear, rotations.RotatedInput) else linear
+
+
+def _is_rotated_online(module: Llama) -> bool:
+    linears = [
+        linear
+        for layer in module.model.layers
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
+    return any(isinstance(linear, rotations.RotatedInput) for linear in linears)
+
+
+def _check_online(format: str, rotation: str | None, extra_files: Sequence[Path]) -> None:
+    """Online rotations are part of the model: only specjax computes them, and only from their file."""
+    if format != "specjax":
+        raise CheckpointError(
+            f"format={format!r} cannot express the rotation that this model computes at run time; use "
+            "format='specjax', or rotate offline only"
+        )
+    if rotation is None or rotations.FILE_NAME not in [file.name for file in extra_files]:
+        raise CheckpointError(
+            f"the model computes a rotation at run time: give its id as `rotation` and {rotations.FILE_NAME} among "
+            "`extra_files`"
+        )
 
 
 def _check(
@@ -188,9 +220,7 @@ def _check(
         raise CheckpointError(f"format={format!r} is unknown; known formats: {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype={dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    for file in extra_files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
+    _check_extra_files(extra_files)
     if format == DENSE:
         return None
     if not linears:
@@ -200,6 +230,17 @@ def _check(
     for prefix, linear in linears.items():
         PACKERS[format].check(linear, prefix)
     return PACKERS[format].config(linears, dense)
+
+
+def _check_extra_files(files: Sequence[Path]) -> None:
+    """Refuses files that do not exist, or whose name belongs to a file of the export."""
+    side_files = {packer.side_file for packer in PACKERS.values()}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+        weights = file.name.startswith("model") and ".safetensors" in file.name
+        if weights or file.name in {"config.json", manifest.NAME, *side_files}:
+            raise CheckpointError(f"{file}: the export writes its own {file.name}; leave it out")
 
 
 def _pack(

@@ -102,7 +102,7 @@ def open_folder(path: Path) -> HFCheckpoint:
         ConfigError: the configuration asks for something not implemented.
         CheckpointError: a file is malformed or truncated, or the quantized format is not supported.
     """
-    from specjax.checkpoints import formats
+    from specjax.checkpoints import formats, manifest
 
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
     if gguf_files and not (path / "config.json").exists():
@@ -114,6 +114,7 @@ def open_folder(path: Path) -> HFCheckpoint:
         config = ModelConfig.from_hf(hf_config, generation_config)
     except ConfigError as error:
         raise ConfigError(f"{path / 'config.json'}: {error}") from error
+    manifest.read(path)
     source = sources.open_source(path)
     if not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
         config = _stored_dtype(config, source)
@@ -124,11 +125,13 @@ def open_folder(path: Path) -> HFCheckpoint:
 
 
 def _quantization_config(path: Path, hf_config: dict[str, Any]) -> dict[str, Any] | None:
-    """`quantization_config` of config.json, or the older separate quantize_config.json."""
+    """`quantization_config` of config.json, or the separate file of older tools (AutoGPTQ, AutoAWQ)."""
     if hf_config.get("quantization_config"):
         return hf_config["quantization_config"]
-    separate = path / "quantize_config.json"
-    return sources.read_json(separate) if separate.is_file() else None
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (path / name).is_file():
+            return sources.read_json(path / name)
+    return None
 
 
 def _stored_dtype(config: ModelConfig, source: sources.TensorSource) -> ModelConfig:

@@ -41,6 +41,8 @@ STANDARD_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model_gptq.safetensors",
+    "model_gptq_marlin.safetensors",
+    "gptq_model-4bit-128g.safetensors",
     "quant_model.safetensors",
     "quant_model.pt",
 )
@@ -172,12 +174,16 @@ class ShardedSource:
 
 
 def open_source(directory: Path, names: Sequence[str] = STANDARD_NAMES) -> TensorSource:
-    """Opens the first of `names` that exists in a folder (a weight file or an index of shards).
+    """Opens the first of `names` that exists in a folder (a weight file or an index of shards), or its Orbax checkpoint.
 
     Raises:
         FileNotFoundError: none of them exists.
         CheckpointError: the one that exists is malformed or incomplete.
     """
+    if (directory / "orbax").is_dir():
+        from specjax.checkpoints import orbax_store
+
+        return orbax_store.OrbaxSource(directory / orbax_store.FOLDER)
     for name in names:
         if (directory / name).is_file():
             return open_file(directory / name)

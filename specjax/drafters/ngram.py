@@ -66,7 +66,7 @@ class Ngram:
         drafts = jnp.take_along_axis(history, index, axis=1)
         count = jnp.where(found, jnp.minimum(text_len - begin, self.draft_depth), 0)
         return base.Proposal(
-            tree=tree.chain(root, drafts, count),
+            tree=tree.chain(root, drafts, count, often_empty=True),
             q=None,
             cache=cache,
             state=NgramState(history=history),

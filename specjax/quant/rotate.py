@@ -8,13 +8,16 @@ which o_proj undoes.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from specjax import errors
+from specjax.checkpoints import manifest
 from specjax.models import layers as nn
 from specjax.models.llama import Llama, LlamaModel
+from specjax.quant import rotation as rotations
 from specjax.quant.rotation import RotatedInput, Rotation
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -46,6 +49,26 @@ def attach(model: Llama, rotation: Rotation) -> Llama:
             layer.self_attn.o_proj = _online(layer.self_attn.o_proj, rotation.heads, None)
             layer.mlp.down_proj = _online(layer.mlp.down_proj, *(rotation.ffn or (None, None)))
     return model
+
+
+def attach_from(model: Llama, path: Path) -> Llama:
+    """`attach` with the rotation stored in a folder that specjax wrote; other models stay as they
+    are.
+
+    Raises:
+        CheckpointError: the rotation file is not the one that the manifest names.
+    """
+    written = manifest.read(path) if path.is_dir() else None
+    file = path / rotations.FILE_NAME
+    if written is None or written.get("rotation") is None or not file.is_file():
+        return model
+    rotation = rotations.load(file)
+    if rotation.id != written["rotation"]:
+        raise errors.CheckpointError(
+            f"{file} holds rotation {rotation.id}, {manifest.NAME} says {written['rotation']!r}; "
+            "the folder mixes two models, convert it again"
+        )
+    return attach(model, rotation)
 
 
 def _online(linear, left, right):

@@ -1,0 +1,18 @@
+"""Settings of every test: shapes and dtypes checked at run time, strict promotion, exact matmuls."""
+
+import jax
+import jaxtyping
+import pytest
+
+from tests import typecheck  # noqa: F401  (the hook below names it)
+
+jaxtyping.install_import_hook("specjax", "tests.typecheck.check")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu` where JAX has none."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")

@@ -1,0 +1,57 @@
+"""Where the tests find their data: `tests/fixtures` first, else the `shared` folder beside the repository."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COPIED = REPOSITORY / "tests" / "fixtures"
+SHARED = REPOSITORY.parent / "shared"
+
+FIXTURES = SHARED / "fixtures" if (SHARED / "fixtures").is_dir() else COPIED
+GOLDENS = FIXTURES / "goldens"
+DATA = SHARED / "data"
+
+_ROOTS = (COPIED, SHARED / "fixtures", SHARED)
+
+
+def find(relative: str | Path) -> Path | None:
+    """The first place that holds `relative` ("checkpoints/tiny-fp16"), or None.
+
+    An absolute path under one of the roots (`FIXTURES / ...`) is looked for under the other roots too.
+    """
+    relative = Path(relative)
+    for root in _ROOTS:
+        if relative.is_relative_to(root):
+            relative = relative.relative_to(root)
+            break
+    return next((root / relative for root in _ROOTS if (root / relative).exists()), None)
+
+
+def require(relative: str | Path) -> Path:
+    """As `find`; the test is skipped, with the reason, where nothing is there."""
+    found = find(relative)
+    if found is None:
+        pytest.skip(f"{relative} is neither in tests/fixtures nor in the shared folder")
+    return found
+
+
+def fixture(name: str) -> Path:
+    """The folder of a fixture checkpoint, e.g. "tiny-fp16"."""
+    return require(Path("checkpoints", name))
+
+
+def golden(name: str) -> Path:
+    """A golden file with its suffix, e.g. "tiny-fp16.safetensors" or "smollm2_hf_fp32.jsonl"."""
+    return require(Path("goldens", name))
+
+
+def smollm2() -> Path:
+    """The GGUF file of the model that ships, from the user's cache; `make test` fetches it first."""
+    from specjax.checkpoints import hub
+
+    name = "smollm2-135m"
+    path = hub.default_cache_dir() / "specjax" / name / hub.NAMED_MODELS[name].file_name
+    if not path.is_file():
+        pytest.skip(f"{path} has not been fetched")
+    return path

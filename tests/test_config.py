@@ -1,0 +1,194 @@
+"""Configurations: both spellings of transformers, what is refused, and rotary frequencies."""
+
+import math
+
+import numpy as np
+import pytest
+
+from specjax import config as configs
+from specjax.config import ModelConfig, RopeConfig
+from specjax.errors import ConfigError
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read(generation=None, **fields) -> ModelConfig:
+    return ModelConfig.from_hf({**BASE, **fields}, generation)
+
+
+def test_both_spellings_are_the_same():
+    old = read(
+        torch_dtype="float16", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0}
+    )
+    rope = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
+    assert old == read(dtype="float16", rope_parameters=rope)
+    assert old.rope == RopeConfig(theta=5e5, kind="linear", factor=2.0)
+    assert old.dtype == "float16"
+
+
+def test_defaults():
+    config = read()
+    assert (config.head_dim, config.dtype, config.rope) == (64, "float32", RopeConfig())
+    assert not (config.tie_word_embeddings or config.qkv_bias or config.o_bias or config.mlp_bias)
+    assert read(num_key_value_heads=None).num_kv_heads == 4
+    assert hash(config) == hash(read())
+
+
+def test_explicit_head_dim_may_differ_from_hidden_over_heads():
+    assert read(head_dim=32).head_dim == 32
+    assert read(num_attention_heads=6, head_dim=64).head_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "generation", "expected"),
+    [
+        ({"eos_token_id": 1}, None, (1,)),
+        ({"eos_token_id": [1, 7]}, None, (1, 7)),
+        ({"eos_token_id": None}, None, ()),
+        ({"eos_token_id": 1}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": 1}, {"eos_token_id": None}, (1,)),
+        ({"eos_token_id": 1}, {"temperature": 0.6}, (1,)),
+    ],
+)
+def test_eos(fields, generation, expected):
+    assert read(generation, **fields).eos_token_ids == expected
+
+
+def test_biases_of_each_architecture():
+    llama = read(attention_bias=True, mlp_bias=True)
+    assert llama.qkv_bias and llama.o_bias and llama.mlp_bias
+    qwen = read(architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=4096)
+    assert qwen.qkv_bias and not qwen.o_bias and not qwen.mlp_bias
+    mistral = read(architectures=["MistralForCausalLM"], sliding_window=None)
+    assert not (mistral.qkv_bias or mistral.o_bias or mistral.mlp_bias)
+
+
+def test_architecture_from_model_type():
+    fields = {"architectures": None, "model_type": "mistral"}
+    assert read(**fields).architecture == "MistralForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures.*GPT2LMHeadModel.*LlamaForCausal"),
+        ({"architectures": [], "model_type": "gpt2"}, r"model_type = 'gpt2'"),
+        ({"hidden_act": "gelu"}, r"hidden_act = 'gelu'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            r"rope_scaling.rope_type = 'yarn'",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"'dynamic'.*linear, llama3"),
+        ({"rope_parameters": {"full_attention": {}, "rope_type": "longrope"}}, r"'longrope'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling.factor = None"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"low_freq_factor = None"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
+            r"high_freq",
+        ),
+        ({"rope_scaling": "linear"}, r"rope_scaling = 'linear'"),
+        ({"rope_theta": -1.0}, r"rope_theta = -1.0"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5"),
+        ({"num_attention_heads": 5}, r"num_attention_heads = 5"),
+        ({"num_attention_heads": 6}, r"hidden_size = 256 .* num_attention_heads = 6"),
+        ({"head_dim": 63}, r"head_dim = 63"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads = 3"),
+        ({"vocab_size": None}, r"vocab_size is missing"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers = 0"),
+        ({"hidden_size": "256"}, r"hidden_size = '256'"),
+        ({"rms_norm_eps": 0}, r"rms_norm_eps = 0"),
+        ({"torch_dtype": "float64"}, r"dtype = 'float64'"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id = '</s>'"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings = 'no'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types"),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+            r"sliding_window = 4096",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, r"attention_bias"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+            r"use_sliding_window",
+        ),
+    ],
+)
+def test_refused_by_field_name(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        read(**fields)
+
+
+def test_draft_head_configuration_is_accepted():
+    head = read(num_hidden_layers=1, bias=False, torch_dtype="float16", rope_theta=5e5)
+    assert (head.num_layers, head.rope.theta, head.head_dim) == (1, 5e5, 64)
+
+
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@pytest.mark.parametrize("rope", [{}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}])
+@pytest.mark.parametrize("eos", [None, 1, [1, 2]])
+def test_to_hf_round_trip(architecture, rope, eos):
+    config = read(architectures=[architecture], head_dim=32, eos_token_id=eos, **rope)
+    fields = config.to_hf()
+    assert ModelConfig.from_hf(fields) == config
+    old_spelling = {k: v for k, v in fields.items() if k not in ("dtype", "rope_parameters")}
+    new_spelling = {
+        k: v for k, v in fields.items() if k not in ("torch_dtype", "rope_theta", "rope_scaling")
+    }
+    assert ModelConfig.from_hf(old_spelling) == ModelConfig.from_hf(new_spelling) == config
+
+
+def test_to_hf_refuses_biases_that_the_architecture_cannot_state():
+    fields = vars(read()) | {"qkv_bias": True}
+    with pytest.raises(ConfigError, match="qkv_bias"):
+        ModelConfig(**fields).to_hf()
+
+
+def test_transformers_reads_what_we_write():
+    transformers = pytest.importorskip("transformers")
+    config = read(rope_scaling={"rope_type": "llama3", **LLAMA3}, rope_theta=5e5, head_dim=32)
+    theirs = transformers.LlamaConfig(**config.to_hf())
+    assert theirs.rope_parameters["rope_type"] == "llama3"
+    assert theirs.rope_parameters["rope_theta"] == 5e5
+    assert ModelConfig.from_hf(theirs.to_dict() | {"architectures": ["LlamaForCausalLM"]}) == config
+
+
+def test_inv_freq_default_and_linear():
+    plain = RopeConfig(theta=1e4).inv_freq(64)
+    assert plain.dtype == np.float32 and plain.shape == (32,)
+    np.testing.assert_allclose(plain, 1e4 ** (-np.arange(32) / 32), rtol=1e-6)
+    scaled = RopeConfig(theta=1e4, kind="linear", factor=4.0).inv_freq(64)
+    np.testing.assert_allclose(scaled, plain / 4, rtol=1e-6)
+
+
+def test_inv_freq_llama3_follows_its_definition():
+    """The three bands by wavelength, written out case by case."""
+    rope = RopeConfig(theta=5e5, kind="llama3", **LLAMA3)
+    bands = set()
+    for plain, scaled in zip(RopeConfig(theta=5e5).inv_freq(128), rope.inv_freq(128), strict=True):
+        wavelength = 2 * math.pi / plain
+        if wavelength < 8192 / 4.0:
+            band, expected = "short", plain
+        elif wavelength > 8192 / 1.0:
+            band, expected = "long", plain / 8.0
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            band, expected = "medium", (1 - smooth) * plain / 8.0 + smooth * plain
+        bands.add(band)
+        np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+    assert bands == {"short", "medium", "long"}

@@ -1,0 +1,172 @@
+"""Tiny random models and heads, the fixture models, and how tests run them."""
+
+import functools
+import json
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import checkpoints, verify
+from specjax import sampling as sample
+from specjax.checkpoints import heads
+from specjax.config import ModelConfig, RopeConfig
+from specjax.engine import Completion, Engine, Programs, Request
+from specjax.models import eagle, layers, llama
+from specjax.prepare import prepare
+from tests import paths
+
+
+def config(**changes) -> ModelConfig:
+    """A model of 16 tokens, two layers and 32 channels."""
+    fields = dict(
+        architecture="LlamaForCausalLM",
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_ids=(),
+        dtype="float32",
+    )
+    return ModelConfig(**{**fields, **changes})
+
+
+class RandomCheckpoint:
+    """Parameters drawn when they are asked for; the name seeds each, so the order does not matter.
+
+    Attributes:
+        params: what has been drawn so far, by Hugging Face name.
+    """
+
+    format = "random"
+
+    def __init__(self, model_config: ModelConfig, seed: int = 0, present: Sequence[str] = ()):
+        self.config, self.seed, self.present = model_config, seed, set(present)
+        self.params: dict[str, np.ndarray] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self.present
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, *name.encode()])
+        values = rng.standard_normal(shape)
+        if "norm" in name:
+            values = 1 + 0.1 * values
+        elif len(shape) == 2 and "embed" not in name:
+            # Wide enough that the tiny models have opinions: attention and logits are not flat.
+            values *= 1.6 / np.sqrt(shape[1])
+        self.params[name] = values.astype(np.float32)
+        return self.params[name]
+
+    def linear(self, prefix, out_features, in_features, bias):
+        weight = self.tensor(f"{prefix}.weight", (out_features, in_features))
+        bias_values = self.tensor(f"{prefix}.bias", (out_features,)) if bias else None
+        return layers.Linear(
+            jnp.asarray(weight), None if bias_values is None else jnp.asarray(bias_values)
+        )
+
+
+def model(model_config: ModelConfig | None = None, seed: int = 0) -> llama.Llama:
+    """A random float32 model in canonical form."""
+    return llama.build(RandomCheckpoint(model_config or config(), seed), jnp.float32)
+
+
+def head(model_config: ModelConfig | None = None, seed: int = 1, bias: bool = False):
+    """A random EAGLE-1/2 head, with or without a bias of fc."""
+    present = ("fc.bias",) if bias else ()
+    source = RandomCheckpoint(model_config or config(), seed, present)
+    return eagle.build(source, jnp.float32)
+
+
+def abstract(build):
+    """What a function would return, as shapes: nothing is allocated."""
+    return jax.eval_shape(build)
+
+
+@functools.cache
+def fixture_model(name: str = "tiny-fp16", dequantize: str = "auto") -> llama.Llama:
+    """A fixture checkpoint in run-time form, float32."""
+    checkpoint = checkpoints.open_checkpoint(paths.fixture(name))
+    return prepare(llama.build(checkpoint, jnp.float32), dequantize=dequantize)
+
+
+@functools.cache
+def fixture_head(name: str = "eagle2-tiny", target: str = "tiny-fp16"):
+    """An EAGLE head of the fixtures, float32."""
+    return heads.load_eagle(paths.fixture(name), fixture_model(target), target)
+
+
+@functools.cache
+def fixture_texts() -> list[dict]:
+    """`input_ids` and 64 `greedy_ids` of tiny-fp16 for 12 prompts."""
+    with open(paths.golden("tiny-fp16_greedy.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+# Prompt lengths of the first requests: a mixed batch of four, then two whose chunk has the size of the batch's.
+PROMPT_LENGTHS = (9, 18, 30, 22, 26, 31)
+NEW_TOKENS = (20, 9, 14, 24, 16, 24)
+
+
+def prompts() -> list[list[int]]:
+    """Six prompts for the fixture models, of `PROMPT_LENGTHS` tokens."""
+    rows = fixture_texts()
+    return [row["input_ids"][:size] for row, size in zip(rows, PROMPT_LENGTHS, strict=False)]
+
+
+def engine(target, drafter, programs: Programs | None = None, **settings) -> Engine:
+    """An engine with the acceptor that fits; `settings` are those of `sampling`, stop_ids and seed."""
+    names = ("temperature", "top_k", "top_p")
+    sampling = sample.sampling(**{k: settings.pop(k) for k in names if k in settings})
+    acceptor = settings.pop("acceptor", None) or verify.acceptor("auto", sampling.greedy)
+    return Engine(target, drafter, acceptor, sampling, programs=programs, **settings)
+
+
+def requests(texts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]) -> list[Request]:
+    """Requests numbered in order; one limit for all, or one each."""
+    limits = [new_tokens] * len(texts) if isinstance(new_tokens, int) else new_tokens
+    return [
+        Request(request_id=index, input_ids=text, max_new_tokens=limit)
+        for index, (text, limit) in enumerate(zip(texts, limits, strict=True))
+    ]
+
+
+def run(runner: Engine, jobs: Sequence[Request], batch_size: int = 1, **options) -> list[Completion]:
+    """Completions in the order of the requests."""
+    done = [e for e in runner.run(jobs, batch_size, **options) if isinstance(e, Completion)]
+    order = [job.request_id for job in jobs]
+    assert sorted(c.request.request_id for c in done) == sorted(order)
+    return sorted(done, key=lambda c: order.index(c.request.request_id))
+
+
+def outputs(completions: Sequence[Completion]) -> list[list[int]]:
+    """Only the tokens."""
+    return [completion.output_ids for completion in completions]
+
+
+def histogram(completions: Sequence[Completion]) -> np.ndarray:
+    """Steps by accepted drafts, summed over requests."""
+    return np.sum([c.metrics.acceptance_histogram for c in completions], axis=0)
+
+
+_full_logits = jax.jit(llama.full_logits)
+
+
+def full_logits(target: llama.Llama, tokens: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] of one text; padded to whole blocks of 64, so that few lengths are compiled."""
+    padded = -(-len(tokens) // 64) * 64
+    row = np.zeros((1, padded), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.asarray(_full_logits(target, jnp.asarray(row)))[0, : len(tokens)]
