@@ -53,10 +53,10 @@ $(INSTALLED): pyproject.toml requirements-dev.txt
 	  python=$$(bash .ci/find-python) && \
 	  echo "creating $(VENV) with $$python" && \
 	  "$$python" -m venv --clear $(VENV); }
-	@echo "installing the packages of requirements-dev.txt into $(VENV) (about 1 GB; a minute or two)"
+	@echo "installing the packages of requirements-dev.txt into $(VENV) (the first time about 1 GB: a minute or two)"
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(if $(JAX),$(PYTHON) -m pip install -qq --disable-pip-version-check jax==$(JAX))
+	@$(if $(JAX),$(PYTHON) -m pip install -qq --disable-pip-version-check --upgrade jax==$(JAX) jaxlib)
 	@touch $@
 
 clean:

@@ -202,13 +202,14 @@ def _cover(low, high, spec: WeightSpec, channel_scales) -> Grid:
     if spec.levels == "qoq" and channel_scales is not None:
         scales, zeros = qoq.second_level(low, high, channel_scales)
         return Grid(scales=scales, zeros=zeros, channel_scales=channel_scales, spec=spec)
+    low, high = (low, high) if spec.symmetric else (jnp.minimum(low, 0), jnp.maximum(high, 0))
     if spec.levels == "qoq":
         scales = _half((high - low) / 15)
         # Centred, so that rounding the scale to half precision costs both ends the same.
         minima = ((high + low) / 2 - 7.5 * scales).astype(jnp.float16).astype(jnp.float32)
+        minima = jnp.where(high == low, 0.0, minima)
         return Grid(scales=scales, minima=minima, spec=spec)
     if not spec.symmetric:
-        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         scales = _half((high - low) / (2**spec.bits - 1))
         zeros = jnp.clip(jnp.round(-low / scales), 0, 2**spec.bits - 1)
         return Grid(scales=scales, zeros=zeros, spec=spec)
