@@ -293,7 +293,10 @@ def run(
 
     def start(argv: list[str]) -> int:
         if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+            print(
+                f"error: unexpected argument {argv[1]!r}; flags are --name=value", file=sys.stderr
+            )
+            return _BAD_INPUT
         return guarded(main, flags.FLAGS)
 
     app.run(start)

@@ -144,7 +144,7 @@ class Records:
         path: the file; it and its directory need not exist.
         overwrite: start anew, whatever is there.
     Raises:
-        ConfigError: a line other than the last is not a row of results.
+        ConfigError: a line is not a row of results, nor the beginning of one at the end of the file.
         OSError: the file cannot be read, or could not be written.
     """
 
@@ -168,7 +168,7 @@ class Records:
                 if line.strip():
                     self.rows.append(_result_row(line))
             except ValueError as error:
-                if index < last:
+                if index < last or not self._cut_short(line):
                     raise ConfigError(
                         f"{self.path}:{index + 1}: {error}; pass --overwrite to start anew, or another --output"
                     ) from None
@@ -177,10 +177,13 @@ class Records:
         self._keep_bytes = min(offset, len(data))
         self._needs_newline = offset > len(data)
 
-    @property
-    def ids(self) -> set[str | int]:
-        """Ids of the rows that are there."""
-        return {row["id"] for row in self.rows}
+    def _cut_short(self, line: bytes) -> bool:
+        """Whether a last line that is no row is what an interruption left of one, not somebody's other file."""
+        try:
+            json.loads(line)
+        except ValueError:
+            return bool(self.rows) or line.lstrip().startswith(b"{")
+        return False
 
     def check_config(self, config: dict[str, Any], fields: Sequence[str]) -> None:
         """Refuses to continue a file that was made with another configuration.

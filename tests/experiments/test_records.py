@@ -110,6 +110,13 @@ def test_a_broken_line_in_the_middle_is_refused_by_its_number(tmp_path, line):
     assert json.loads(path.read_text())["id"] == 9
 
 
+@pytest.mark.parametrize("text", ["some notes", '{"prompt": "a"}\n', "[1]"])
+def test_a_file_of_something_else_is_not_repaired(tmp_path, text):
+    path = _write(tmp_path / "o.jsonl", text)
+    with pytest.raises(ConfigError, match=r"o\.jsonl:1"):
+        records.Records(path)
+
+
 def test_another_configuration_is_refused_by_field(tmp_path):
     path = _write(tmp_path / "o.jsonl", _row(1, seed=1, stop=["a"]) + "\n")
     output = records.Records(path)
