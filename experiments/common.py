@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 
 import specjax
 from specjax import loading, verify
@@ -290,6 +291,8 @@ def run(
 ) -> None:
     """Runs a binary with the process's command line; does not return."""
     define_flags(flags.FLAGS)
+    # absl would raise the default to INFO; --verbosity=0 still does.
+    absl_logging.set_verbosity(absl_logging.WARNING)
 
     def start(argv: list[str]) -> int:
         if len(argv) > 1:

@@ -321,8 +321,6 @@ def _work(
 
 def _write(module, output, source, text, stored, settings, overwrite) -> None:
     """Exports; tokenizer files and the rotation go beside the weights."""
-    plain = [layerwise.without_rotations(layer) for layer in module.model.layers]
-    inner = LlamaModel(module.model.embed_tokens, plain, module.model.norm)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if source.is_dir():
@@ -334,7 +332,7 @@ def _write(module, output, source, text, stored, settings, overwrite) -> None:
         if stored is not None:
             rotations.save(stored, folder)
         export.export(
-            *(Llama(module.config, inner, module.lm_head), module.config, output),
+            *(module, module.config, output),
             extra_files=sorted(folder.iterdir()),
             rotation=None if stored is None else stored.id,
             source=source.name,

@@ -26,7 +26,9 @@ from specjax.verify.base import Acceptor
 
 MAX_CHUNK = 256  # prompt tokens per prefill pass; bounds the activations of long prompts
 _MIN_BUCKET = 16
-STEPS_PER_LOOK = 16  # decode steps between two looks at the outputs, where something has to be watched
+STEPS_PER_LOOK = (
+    16  # decode steps between two looks at the outputs, where something has to be watched
+)
 _ALL_STEPS = np.iinfo(np.int32).max
 
 
@@ -323,9 +325,7 @@ class Engine:
             batch_size=batch_size,
             new_tokens=len(output),
         )
-        return Completion(
-            request=slot.request, output_ids=output, stopped=stopped, metrics=metrics
-        )
+        return Completion(request=slot.request, output_ids=output, stopped=stopped, metrics=metrics)
 
 
 def _padded(length: int) -> int:

@@ -253,7 +253,8 @@ class LanguageModel:
         if room < 1:
             raise CapacityError(
                 f"request {request_id}: the prompt has {len(ids)} tokens, max_length is {max_length}; no room for new "
-                "tokens: shorten the prompt" + (" or raise max_length" if max_length < positions else "")
+                "tokens: shorten the prompt"
+                + (" or raise max_length" if max_length < positions else "")
             )
         return Request(
             request_id=request_id, input_ids=ids, max_new_tokens=min(options.max_new_tokens, room)
@@ -263,7 +264,9 @@ class LanguageModel:
         if not options.stop:
             return None
         if self.tokenizer is None:
-            raise ConfigError(f"stop={list(options.stop)!r} needs a tokenizer; {self.name!r} has none")
+            raise ConfigError(
+                f"stop={list(options.stop)!r} needs a tokenizer; {self.name!r} has none"
+            )
         return StopStrings(options.stop, self.decode)
 
     def _engine(self, drafter: registry.Spec, options: Options) -> Engine:

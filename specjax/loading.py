@@ -1,18 +1,18 @@
 """`specjax.load`: from a path or name to a model that is ready to run."""
 
-import logging
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from tqdm import tqdm
 
 from specjax import checkpoints, generate
 from specjax.checkpoints import hub
 from specjax.errors import ConfigError
 from specjax.models import llama
-from specjax.prepare import Dequantize, prepare
-
-_log = logging.getLogger(__name__)
+from specjax.models.llama import Llama
+from specjax.prepare import Dequantize, Preparation
+from specjax.quant import view
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -26,6 +26,7 @@ def load(
     dequantize: Dequantize = "auto",
     chat_template: str | None = None,
     qserve_layernorm: bool = False,
+    progress: bool = False,
 ) -> "generate.LanguageModel":
     """Loads a model.
 
@@ -38,6 +39,7 @@ def load(
         dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes; "auto" decides by backend.
         chat_template: a Jinja chat template to use instead of the model's own.
         qserve_layernorm: run the layers' norms mean-centred, as QServe's kernels do, to compare with them.
+        progress: show a progress bar.
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: with the file, field or tensor.
     """
@@ -49,16 +51,32 @@ def load(
     checkpoint = checkpoints.open_checkpoint(path)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
-    module = llama.build(checkpoint, jnp.dtype(dtype))
-    if scheme is not None:
-        module = module.with_scheme(scheme)
-    if qserve_layernorm:
-        for layer in module.model.layers:
+    preparation = Preparation(backend, dequantize, jnp.dtype(dtype))
+    has_codes = False
+    bar = tqdm(
+        total=checkpoint.config.num_layers, desc="loading", unit="layer", disable=not progress
+    )
+
+    def finish(layer):
+        nonlocal has_codes
+        if scheme is not None and view.quantized_linears(layer):
+            layer, has_codes = view.with_scheme(layer, scheme), True
+        if qserve_layernorm:
             layer.input_layernorm.centered = layer.post_attention_layernorm.centered = True
+        # Waiting here keeps what is under way, and so the memory of a load, to one layer.
+        layer = jax.block_until_ready(preparation.layer(layer))
+        bar.update()
+        return layer
+
+    with bar:
+        module = llama.build(checkpoint, jnp.dtype(dtype), finish)
+    if scheme is not None and not has_codes:
+        module.with_scheme(scheme)  # raises: there is nothing to view
+    module = Llama(module.config, module.model, preparation.linear(module.lm_head))
     return generate.LanguageModel(
         name=str(path_or_name),
         config=checkpoint.config,
-        module=prepare(module, backend, dequantize),
+        module=module,
         tokenizer=tokenizer.load(path, checkpoint, chat_template),
         default_head=_shipped_head(str(path_or_name)),
     )

@@ -15,8 +15,18 @@ from specjax.quant.linear import QuantizedLinear
 Dequantize = Literal["auto", "load", "never"]
 
 
-def prepare(model: Llama, backend: dispatch.Backend = "auto", dequantize: Dequantize = "auto") -> Llama:
-    """A model that computes the same, arranged for running.
+def prepare(
+    model: Llama, backend: dispatch.Backend = "auto", dequantize: Dequantize = "auto"
+) -> Llama:
+    """A model that computes the same, arranged for running; see `Preparation`."""
+    preparation = Preparation(backend, dequantize, model.dtype)
+    layers = [preparation.layer(layer) for layer in model.model.layers]
+    inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
+    return Llama(model.config, inner, preparation.linear(model.lm_head))
+
+
+class Preparation:
+    """Turns canonical layers into run-time ones, one at a time, so that a model need never exist in both forms.
 
     Projections that share their input are fused (qkv, gate/up) where their forms allow it. What happens to quantized
     weights is a policy of the backend: XLA has no kernel that multiplies 4-bit codes well, so on CPUs ("auto", "load")
@@ -26,52 +36,53 @@ def prepare(model: Llama, backend: dispatch.Backend = "auto", dequantize: Dequan
     Raises:
         ConfigError: unknown backend or policy.
     """
-    if dequantize not in ("auto", "load", "never"):
-        raise ConfigError(f"{dequantize=}: supported are auto, load, never")
-    at_load = dequantize == "load" or (
-        dequantize == "auto" and backend in ("auto", "xla") and jax.default_backend() == "cpu"
-    )
-    model = view.with_backend(model, backend)
 
-    def runtime(linear):
-        if not isinstance(linear, QuantizedLinear) or not at_load:
-            return linear
-        if linear.scheme.activations is None:
-            return view.dequantized(linear, model.dtype)
-        return view.expanded(linear)
+    def __init__(self, backend: dispatch.Backend, dequantize: Dequantize, dtype):
+        if dequantize not in ("auto", "load", "never"):
+            raise ConfigError(f"{dequantize=}: supported are auto, load, never")
+        on_cpu = backend in ("auto", "xla") and jax.default_backend() == "cpu"
+        self._at_load = dequantize == "load" or (dequantize == "auto" and on_cpu)
+        self._backend, self._dtype = backend, dtype
 
-    layers = [_prepare_layer(layer, runtime) for layer in model.model.layers]
-    inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
-    head = None if model.lm_head is None else runtime(model.lm_head)
-    return Llama(model.config, inner, head)
+    def linear(self, linear):
+        """A linear, or a module around one, in run-time form; None stays None."""
+        linear = view.with_backend(linear, self._backend)
+        return jax.tree.map(
+            self._runtime, linear, is_leaf=lambda node: isinstance(node, QuantizedLinear)
+        )
 
+    def _runtime(self, node):
+        if not isinstance(node, QuantizedLinear) or not self._at_load:
+            return node
+        if node.scheme.activations is None:
+            return view.dequantized(node, self._dtype)
+        return view.expanded(node)
 
-def _prepare_layer(layer: DecoderLayer, runtime) -> DecoderLayer:
-    """One decoder layer with fused projections; `runtime` maps a linear to its run-time form."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return DecoderLayer(
-        Attention(
-            attention.config,
-            o_proj=runtime(attention.o_proj),
-            **_fused(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", runtime),
-        ),
-        MLP(
-            down_proj=runtime(mlp.down_proj),
-            **_fused(mlp, ("gate_proj", "up_proj"), "gate_up_proj", runtime),
-        ),
-        layer.input_layernorm,
-        layer.post_attention_layernorm,
-    )
+    def layer(self, layer: DecoderLayer) -> DecoderLayer:
+        """A decoder layer in run-time form, its projections fused."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return DecoderLayer(
+            Attention(
+                attention.config,
+                o_proj=self.linear(attention.o_proj),
+                **self._fused(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            ),
+            MLP(
+                down_proj=self.linear(mlp.down_proj),
+                **self._fused(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+            ),
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+        )
 
-
-def _fused(module, names: tuple[str, ...], fused_name: str, runtime) -> dict:
-    """The projections of a module in run-time form: one fused linear, or all parts where they cannot be fused."""
-    fused = getattr(module, fused_name)
-    if fused is not None:
-        return {fused_name: runtime(fused)}
-    parts = {name: runtime(getattr(module, name)) for name in names}
-    fused = view.fuse(tuple(parts.values()))
-    return parts if fused is None else {fused_name: fused}
+    def _fused(self, module, names: tuple[str, ...], fused_name: str) -> dict:
+        """The projections of a module: one fused linear, or all parts where they cannot be fused."""
+        fused = getattr(module, fused_name)
+        if fused is not None:
+            return {fused_name: self.linear(fused)}
+        parts = {name: self.linear(getattr(module, name)) for name in names}
+        fused = view.fuse(tuple(parts.values()))
+        return parts if fused is None else {fused_name: fused}
 
 
 def weight_bytes(model) -> int:

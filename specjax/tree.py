@@ -85,9 +85,7 @@ def depths(mask: Bool[Array, "B N N"]) -> Int[Array, "B N"]:
     return jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
 
 
-def path_to(
-    mask: Bool[Array, "B N N"], node: Int[Array, "B"], max_depth: int
-) -> Int[Array, "B P"]:
+def path_to(mask: Bool[Array, "B N N"], node: Int[Array, "B"], max_depth: int) -> Int[Array, "B P"]:
     """Nodes from the root to `node`, one per depth; entries below `node`'s depth repeat the root."""
     on_path = jnp.take_along_axis(mask, node[:, None, None], axis=1)[:, 0]
     depth = depths(mask)
@@ -116,9 +114,7 @@ def num_candidates(topk: int, num_levels: int) -> int:
     return topk + (num_levels - 1) * topk * topk
 
 
-def select(
-    candidates: Candidates, root: Int[Array, "B"], num_nodes: int, max_depth: int
-) -> Tree:
+def select(candidates: Candidates, root: Int[Array, "B"], num_nodes: int, max_depth: int) -> Tree:
     """Keeps the root and the `num_nodes - 1` best candidates (EAGLE-2, section 4.2), in the order they were found.
 
     Scores do not rise along a path and ties go to the earlier candidate, so the ancestors of a chosen candidate are

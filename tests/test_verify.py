@@ -71,8 +71,10 @@ def test_greedy_is_the_numpy_walk(parents, seed):
 # --- Distributions -------------------------------------------------------------------------------------------------
 
 TARGET_CONFIG = tiny.config(vocab_size=VOCAB, num_layers=1)
-PROMPTS = ([1, 5, 2, 7, 3], [4, 0], [6, 6, 1, 2], [3])
-WIDTH = max(map(len, PROMPTS))
+FIRST, SECOND = [1, 5, 2, 7, 3], [4, 0]
+BATCHES = {1: [FIRST], 4: [FIRST, SECOND, FIRST, FIRST]}
+WIDTH = len(FIRST)
+CHUNKS = 4  # calls among which the draws are divided
 TREE = (-1, 0, 0, 1, 1, 2)  # siblings at both levels
 FILTERS = {"off": {"temperature": 1.3}, "on": {"temperature": 0.9, "top_k": 5, "top_p": 0.85}}
 
@@ -96,14 +98,19 @@ def drafter(name: str):
     return eagle(tiny.head(TARGET_CONFIG), draft_depth=2, topk=2, num_nodes=6)
 
 
-@functools.partial(jax.jit, static_argnames="acceptor")
+# Compiling takes longer than running here, so the compiler is told to hurry.
+HURRY = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnames="acceptor", compiler_options=HURRY)
 def generate(model, drafter, request_ids, sampling, acceptor):
     """New tokens [X, B, 3] of X batches, through the prefill and the decoding loop that generation uses."""
-    batch = request_ids.shape[1]
+    prompts = BATCHES[request_ids.shape[1]]
+    batch = len(prompts)
     tokens = np.zeros((batch, WIDTH + 1), np.int32)
-    for row, prompt in zip(tokens, PROMPTS, strict=False):
+    for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    lengths = jnp.asarray([len(prompt) for prompt in PROMPTS[:batch]], jnp.int32)
+    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     stop_ids = jnp.asarray([-1], jnp.int32)
 
     def one(keys):
@@ -117,8 +124,9 @@ def generate(model, drafter, request_ids, sampling, acceptor):
             valid=lengths,
             features=None,
         )
-        args = stop_ids, sampling
-        state = decoding.prefill_chunk(model, drafter, state, chunk, lengths, *args)
+        state = decoding.prefill_chunk(
+            model, drafter, state, chunk, lengths, stop_ids, sampling
+        )
         steps = jnp.int32(NEW_TOKENS)
         state = decoding.decode(model, drafter, state, stop_ids, steps, sampling, acceptor)
         return state.tokens[:, :NEW_TOKENS]
@@ -127,23 +135,26 @@ def generate(model, drafter, request_ids, sampling, acceptor):
     return jax.vmap(one)(keys)
 
 
-def counts(name: str, filters: str, batch: int, acceptor) -> np.ndarray:
-    """How often each triple of tokens came first, [B, V, V, V]."""
-    result = np.zeros((batch, VOCAB**NEW_TOKENS), np.int64)
+def counts(name: str, filters: str, batch: int, acceptor) -> list[np.ndarray]:
+    """How often each triple of tokens came first, [V, V, V] for each of the prompts in the batch."""
+    prompts = BATCHES[batch]
+    result = [np.zeros(VOCAB**NEW_TOKENS, np.int64) for _ in range(1 if batch == 1 else 2)]
+    groups = -(-DRAWS // prompts.count(FIRST) // CHUNKS) * CHUNKS
     sampling = sample.sampling(**FILTERS[filters])
-    for ids in np.arange(DRAWS * batch, dtype=np.uint32).reshape(4, -1, batch):
+    for ids in np.arange(groups * batch, dtype=np.uint32).reshape(CHUNKS, -1, batch):
         tokens = generate(target(), drafter(name), jnp.asarray(ids), sampling, acceptor)
         index = np.asarray(tokens) @ [VOCAB**2, VOCAB, 1]
-        for b in range(batch):
-            result[b] += np.bincount(index[:, b], minlength=VOCAB**NEW_TOKENS)
-    return result.reshape(batch, VOCAB, VOCAB, VOCAB)
+        for row, prompt in zip(index.T, prompts, strict=True):
+            result[prompt != FIRST] += np.bincount(row, minlength=VOCAB**NEW_TOKENS)
+    return [table.reshape(VOCAB, VOCAB, VOCAB) for table in result]
 
 
 @functools.cache
-def expected(filters: str, prompt: int) -> np.ndarray:
+def expected(filters: str, is_first: bool) -> np.ndarray:
     """The joint distribution of the first three tokens [V, V, V], by scoring every text of two tokens."""
+    prompt = FIRST if is_first else SECOND
     pairs = np.stack(np.meshgrid(np.arange(VOCAB), np.arange(VOCAB), indexing="ij"), -1)
-    prefix = np.broadcast_to(PROMPTS[prompt], (VOCAB**2, len(PROMPTS[prompt])))
+    prefix = np.broadcast_to(prompt, (VOCAB**2, len(prompt)))
     texts = np.concatenate([prefix, pairs.reshape(-1, 2)], axis=1)
     logits = np.asarray(jax.jit(llama.full_logits)(target(), jnp.asarray(texts, jnp.int32)))
     rows = logits[:, -NEW_TOKENS:].reshape(-1, VOCAB)
@@ -153,14 +164,22 @@ def expected(filters: str, prompt: int) -> np.ndarray:
 
 
 def p_values(name: str, filters: str, batch: int, acceptor) -> list[float]:
-    """One per sequence of the batch."""
+    """One for the first prompt, and one for the second where the batch has it."""
     found = counts(name, filters, batch, acceptor)
-    assert (found.sum((1, 2, 3)) == DRAWS).all()
-    return [distributions.p_value(found[b], expected(filters, b)) for b in range(batch)]
+    assert found[0].sum() >= DRAWS
+    return [
+        distributions.p_value(table, expected(filters, index == 0))
+        for index, table in enumerate(found)
+    ]
 
 
-FAST = [(name, *rest) for name in ("chain", "tree", "eagle") for rest in (("off", 1), ("on", 4))]
-FAST += [("none", "on", 1)]
+FAST = [
+    ("none", "on", 1),
+    ("chain", "off", 1),
+    ("chain", "on", 4),
+    ("tree", "on", 1),
+    ("eagle", "off", 4),
+]
 SLOW = [
     (name, filters, batch)
     for name in ("none", "chain", "tree", "eagle", "self")
@@ -215,7 +234,11 @@ class MisreadsQ:
 
 @pytest.mark.parametrize(
     ("name", "acceptor"),
-    [("eagle", MatchesArgmax()), ("chain", ForgetsTheResidual()), ("tree", MisreadsQ())],
+    [
+        ("eagle", MatchesArgmax()),
+        ("chain", ForgetsTheResidual()),
+        pytest.param("tree", MisreadsQ(), marks=pytest.mark.slow),
+    ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_wrong_acceptors_fail_the_same_test(name, acceptor):

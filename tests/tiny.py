@@ -1,5 +1,6 @@
 """Tiny random models and heads, the fixture models, and how tests run them."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Sequence
@@ -108,6 +109,17 @@ def fixture_head(name: str = "eagle2-tiny", target: str = "tiny-fp16"):
     return heads.load_eagle(paths.fixture(name), fixture_model(target), target)
 
 
+def noisy(target: llama.Llama, scale: float, seed: int = 0) -> llama.Llama:
+    """A model that often agrees with `target`: its weights with noise of `scale` standard deviations."""
+    leaves, structure = jax.tree.flatten(target)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def stir(key, leaf):
+        return leaf + scale * jnp.std(leaf) * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    return structure.unflatten([stir(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
 @functools.cache
 def fixture_texts() -> list[dict]:
     """`input_ids` and 64 `greedy_ids` of tiny-fp16 for 12 prompts."""
@@ -124,6 +136,40 @@ def prompts() -> list[list[int]]:
     """Six prompts for the fixture models, of `PROMPT_LENGTHS` tokens."""
     rows = fixture_texts()
     return [row["input_ids"][:size] for row, size in zip(rows, PROMPT_LENGTHS, strict=False)]
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _continue(target, tokens, lengths, count):
+    def extend(index, tokens):
+        logits = llama.full_logits(target, tokens)
+        slot = lengths + index
+        rows = jnp.arange(len(tokens))
+        return tokens.at[rows, slot].set(jnp.argmax(logits[rows, slot - 1], -1).astype(jnp.int32))
+
+    return jax.lax.fori_loop(0, count, extend, tokens)
+
+
+@functools.cache
+def greedy_texts(name: str = "tiny-fp16", dequantize: str = "auto", count: int = 30) -> list[list[int]]:
+    """The prompts with their greedy continuations, by whole passes over the text: no cache, no loop of ours."""
+    texts = prompts()
+    tokens = np.zeros((len(texts), 64), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    lengths = np.asarray([len(text) for text in texts], np.int32)
+    model_ = fixture_model(name, dequantize)
+    rows = np.asarray(_continue(model_, jnp.asarray(tokens), jnp.asarray(lengths), count))
+    return [row[: size + count].tolist() for row, size in zip(rows, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def hurried_compiler():
+    """Code that runs slower and compiles faster, for tests of logic rather than of numbers or memory."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def engine(target, drafter, programs: Programs | None = None, **settings) -> Engine:

@@ -83,12 +83,14 @@ def _build_eagle3(checkpoint: _Head, raw: dict, target: Llama) -> eagle3.Eagle3H
     ids = raw.get("eagle_aux_hidden_state_layer_ids") or (2, layers // 2, layers - 3)
     if any(not 0 <= i < layers for i in ids) or len(set(ids)) != len(ids):
         raise ConfigError(
-            f"{checkpoint.path}: an EAGLE-3 head reads the inputs of layers {list(ids)}; the target has {layers} layers "
+            f"{checkpoint.path}: an EAGLE-3 head reads the inputs of layers {list(ids)}; the target has {layers} "
             "(at least 7 are needed for the default choice)"
         )
     for field in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
         if raw.get(field):
-            raise ConfigError(f"{checkpoint.path}: {field}={raw[field]!r} is not supported, only false")
+            raise ConfigError(
+                f"{checkpoint.path}: {field}={raw[field]!r} is not supported, only false"
+            )
     return eagle3.build(
         checkpoint,
         target.dtype,
@@ -100,7 +102,9 @@ def _build_eagle3(checkpoint: _Head, raw: dict, target: Llama) -> eagle3.Eagle3H
 
 def _read_config(path: Path) -> dict:
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; a draft head is a folder with config.json")
+        raise FileNotFoundError(
+            f"{path}: no such folder; a draft head is a folder with config.json"
+        )
     return source.read_json(path / "config.json")
 
 

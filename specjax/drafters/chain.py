@@ -57,4 +57,3 @@ def _next(model: Llama, hidden, keys, sampling: Sampling):
 def with_root(q):
     """Draft distributions [B, n, V] as one per tree node [B, n + 1, V]; the root's is never read."""
     return None if q is None else jnp.pad(q, ((0, 0), (1, 0), (0, 0)))
-

@@ -1,5 +1,6 @@
-"""Hierarchical speculation (SpecMQuant, arXiv 2505.22179, HierSpec): a smaller model drafts a chain for the target and is
-itself accelerated by an inner drafter.
+"""Hierarchical speculation (SpecMQuant, arXiv 2505.22179, HierSpec).
+
+A smaller model drafts a chain for the target and is itself accelerated by an inner drafter.
 
 Verification by the smaller model is lossless, so the chain is its own continuation of the text; the target pays for a
 short chain in place of a wide tree. Notation: D is the smaller model, X the inner drafter.
@@ -20,7 +21,6 @@ from specjax import tree as trees
 from specjax import verify
 from specjax.drafters import base
 from specjax.drafters import chain as chains
-from specjax.models import layers
 from specjax.models.llama import Llama
 from specjax.verify.base import Verified
 
@@ -229,7 +229,7 @@ class Hierarchical:
         )
 
     def commit(self, target, state, lengths, verified):
-        # A sequence that took no part stands where it stood before its chain was drafted, like after a rejection of all.
+        # A sequence that took no part goes back to where it stood before its chain was drafted.
         lengths = lengths + verified.length
         return self._shorten(state, lengths, verified.next_token, verified.length > 0)
 

@@ -63,9 +63,7 @@ class Medusa:
     def prefill(self, target, state, chunk):
         last = jnp.maximum(chunk.valid - 1, 0)[:, None, None]
         feature = jnp.take_along_axis(chunk.features, last, axis=1)[:, 0]
-        return MedusaState(
-            feature=jnp.where((chunk.valid > 0)[:, None], feature, state.feature)
-        )
+        return MedusaState(feature=jnp.where((chunk.valid > 0)[:, None], feature, state.feature))
 
     def propose(self, target, cache, state, root, lengths, keys, sampling) -> base.Proposal:
         ranks = np.asarray([path[-1] for path in self.choices])

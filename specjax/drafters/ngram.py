@@ -82,7 +82,9 @@ class Ngram:
         matched = jnp.zeros(history.shape, jnp.int32)
         alive = jnp.broadcast_to(ends < text_len[:, None], history.shape)
         for back in range(self.ngram_max):
-            last = jnp.take_along_axis(history, jnp.maximum(text_len - 1 - back, 0)[:, None], axis=1)
+            last = jnp.take_along_axis(
+                history, jnp.maximum(text_len - 1 - back, 0)[:, None], axis=1
+            )
             shifted = jnp.pad(history, ((0, 0), (back, 0)), constant_values=-1)[:, :capacity]
             alive = alive & (shifted == last) & (text_len > back + 1)[:, None]
             matched = matched + alive

@@ -51,7 +51,9 @@ def _hierarchical(
 def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
     _positive(draft_depth=draft_depth)
     if scheme is not None:
-        target.module.with_scheme(scheme)  # refuses a target without such codes before anything is compiled
+        target.module.with_scheme(
+            scheme
+        )  # refuses a target without such codes before anything is compiled
     return SelfDraft(draft_depth=draft_depth, scheme=scheme)
 
 
@@ -184,9 +186,9 @@ def _same_tokenizer(target, draft) -> None:
             f"draft model {draft.name!r} has vocab_size {vocabularies[1]}, the target {target.name!r} has "
             f"{vocabularies[0]}; they need the same tokenizer"
         )
-    if target.tokenizer and draft.tokenizer:
-        if target.tokenizer.digest() != draft.tokenizer.digest():
-            raise ConfigError(
-                f"draft model {draft.name!r} has another tokenizer than the target {target.name!r} (same size, "
-                "other tokens); use a draft model of the same family"
-            )
+    known = target.tokenizer and draft.tokenizer
+    if known and target.tokenizer.digest() != draft.tokenizer.digest():
+        raise ConfigError(
+            f"draft model {draft.name!r} has another tokenizer than the target {target.name!r} (same size, "
+            "other tokens); use a draft model of the same family"
+        )

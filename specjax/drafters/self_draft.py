@@ -1,7 +1,7 @@
 """Self-speculation (QSpec, arXiv 2410.11305): the target drafts for itself under a cheaper activation scheme.
 
-The draft writes the target's own cache slots; verification overwrites every one of them with its own keys and values, so
-there is no second cache, no second set of weights, and nothing to keep in step.
+The draft writes the target's own cache slots; verification overwrites every one of them with its own keys and values.
+So there is no second cache, no second set of weights, and nothing to keep in step.
 """
 
 from dataclasses import dataclass, field
@@ -50,9 +50,7 @@ class SelfDraft:
     def propose(self, target, cache, state, root, lengths, keys, sampling) -> base.Proposal:
         model = target if self.scheme is None else target.with_scheme(self.scheme)
         block = layers.causal_block(root[:, None], lengths)
-        drafts, q, cache = chains.draft_chain(
-            model, cache, block, self.draft_depth, keys, sampling
-        )
+        drafts, q, cache = chains.draft_chain(model, cache, block, self.draft_depth, keys, sampling)
         return base.Proposal(
             tree=tree.chain(root, drafts), q=chains.with_root(q), cache=cache, state=state
         )

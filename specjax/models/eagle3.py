@@ -40,7 +40,7 @@ class Eagle3Head(nnx.Module):
     """Predicts the next fused feature; same calls as `specjax.models.eagle.EagleHead`.
 
     Attributes:
-        needs: the target layers whose inputs are fused: 2, L // 2 and L - 3 of L, unless the head's config names others.
+        needs: the target layers whose inputs are fused: 2, L // 2 and L - 3 of L, unless the config names others.
         d2t: target id minus draft id of each draft token [U], or None for the full vocabulary.
     """
 

@@ -1,7 +1,7 @@
 """Building blocks of the Llama family and of its draft heads.
 
 Modules hold parameters and a pure forward; caches, masks and positions are arguments. A "linear" is anything with
-`__call__(x)`, `out_features` and `in_features`: `Linear` here, `QuantizedLinear` in quant/; nothing in models/ knows bits.
+`__call__(x)`, `out_features` and `in_features`: `Linear` here, `QuantizedLinear` in quant/; models never mention bits.
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Attribute paths are the parameter names of Hugging Face checkpoints, so `model.l
 thing in a file, in a quantizer's log and in a debugger.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -100,18 +101,22 @@ def full_logits(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"
     return model.logits(model(block, cache).hidden)
 
 
-def build(checkpoint, dtype) -> Llama:
+def build(
+    checkpoint, dtype, finish: Callable[[nn.DecoderLayer], nn.DecoderLayer] | None = None
+) -> Llama:
     """Assembles the model from a `specjax.checkpoints.base.Checkpoint`, pulling one parameter after the other.
 
     Args:
         checkpoint: source of named tensors and linears; it checks shapes and raises errors that name the tensor.
         dtype: compute dtype; dense parameters are stored in it, quantized ones keep their own codes and scales.
+        finish: what to do with each layer once it is read; the layer as read is dropped before the next one.
     """
+    finish = finish or (lambda layer: layer)
     config = checkpoint.config
     hidden, vocab = config.hidden_size, config.vocab_size
     table = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
     embedding = nn.Embedding(jnp.asarray(table, dtype))
-    layers = [build_layer(checkpoint, i, dtype) for i in range(config.num_layers)]
+    layers = [finish(build_layer(checkpoint, i, dtype)) for i in range(config.num_layers)]
     model = LlamaModel(embedding, layers, build_norm(checkpoint, "model.norm", dtype))
     head = None
     if not config.tie_word_embeddings:
@@ -126,7 +131,9 @@ def build_layer(checkpoint, index: int, dtype) -> nn.DecoderLayer:
         self_attn=build_attention(checkpoint, f"{prefix}.self_attn", config.hidden_size, dtype),
         mlp=build_mlp(checkpoint, f"{prefix}.mlp", dtype),
         input_layernorm=build_norm(checkpoint, f"{prefix}.input_layernorm", dtype),
-        post_attention_layernorm=build_norm(checkpoint, f"{prefix}.post_attention_layernorm", dtype),
+        post_attention_layernorm=build_norm(
+            checkpoint, f"{prefix}.post_attention_layernorm", dtype
+        ),
     )
 
 

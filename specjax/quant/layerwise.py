@@ -86,15 +86,6 @@ def with_linears(layer: nn.DecoderLayer, replace: Callable[[str, Any], Any]) -> 
     )
 
 
-def without_rotations(layer: nn.DecoderLayer) -> nn.DecoderLayer:
-    """The layer with the linears alone that run-time rotations wrap: what is stored."""
-    stored = linears(layer)
-    bare = with_linears(layer, lambda name, linear: linear)
-    bare.self_attn.o_proj = stored["self_attn.o_proj"]
-    bare.mlp.down_proj = stored["mlp.down_proj"]
-    return bare
-
-
 class _Tap:
     """Stands in for a linear while a layer is traced, and keeps its input."""
 

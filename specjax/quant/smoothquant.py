@@ -33,7 +33,7 @@ def factors(
 
 
 def best_strength(
-    weights: list[Float[Array, "N K"]], statistics: SiteStatistics, scheme: Scheme, group_size: int
+    weights: list[Float[Array, "_ K"]], statistics: SiteStatistics, scheme: Scheme, group_size: int
 ) -> float | None:
     """The strength of `STRENGTHS` with the smallest output error on the recorded rows; None if no
     smoothing is best.

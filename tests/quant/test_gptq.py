@@ -125,7 +125,7 @@ def test_refusals(problem):
     weight, x = problem
     with pytest.raises(SpecjaxError, match=r"up_proj: the Hessian .* is not finite"):
         gptq.factorize(np.full((4, 4), np.nan), name="up_proj")
-    with pytest.raises(SpecjaxError, match="not positive definite with damping=0.01"):
+    with pytest.raises(SpecjaxError, match=r"not positive definite with damping=0\.01"):
         gptq.factorize(np.array([[1.0, 2.0], [2.0, 1.0]]))
     with pytest.raises(ConfigError, match="group_size=100 does not divide in_features=256"):
         gptq.quantize(weight, gptq.factorize(hessian(x)), scheme.lookup("w4a16"), 100)
