@@ -241,7 +241,7 @@ def load_model(
 
 def dequantize(values: flags.FlagValues, specs: Sequence[dict[str, Any]]) -> str:
     """The policy of --dequantize; self-speculation under another scheme keeps the codes unless the user decides."""
-    reads_codes = any(spec["kind"] == "self" and spec.get("scheme") for spec in specs)
+    reads_codes = any(registry.needs_codes(spec) for spec in specs)
     if values.dequantize == "auto" and reads_codes:
         return "never"
     return values.dequantize

@@ -4,6 +4,8 @@ from specjax.errors import CapacityError, CheckpointError, ConfigError, SpecjaxE
 from specjax.generate import GenerationResult, LanguageModel, Options, StreamEvent
 from specjax.loading import load
 from specjax.metrics import Metrics
+from specjax.scoring import Perplexity, perplexity
+from specjax.scoring import logits as score
 
 __all__ = [
     "CapacityError",
@@ -13,8 +15,11 @@ __all__ = [
     "LanguageModel",
     "Metrics",
     "Options",
+    "Perplexity",
     "SpecjaxError",
     "StreamEvent",
     "load",
+    "perplexity",
+    "score",
 ]
 __version__ = "0.1.0"

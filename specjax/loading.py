@@ -85,4 +85,4 @@ def load(
 def _shipped_head(name: str) -> str | None:
     """Folder of the draft head that comes with this package for a named model, if one does."""
     folder = Path(__file__).parent / "heads" / name
-    return str(folder) if folder.is_dir() else None
+    return str(folder) if name in hub.NAMED_MODELS and folder.is_dir() else None

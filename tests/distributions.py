@@ -16,7 +16,9 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
     """
     scaled = np.asarray(logits, np.float64) / temperature
     if top_k:
-        scaled = np.where(scaled >= np.sort(scaled)[::-1][min(top_k, scaled.size) - 1], scaled, -np.inf)
+        scaled = np.where(
+            scaled >= np.sort(scaled)[::-1][min(top_k, scaled.size) - 1], scaled, -np.inf
+        )
     mass = softmax(scaled)
     if top_p < 1:
         ordered = np.sort(mass)[::-1]

@@ -126,7 +126,9 @@ def occurred(histogram: np.ndarray) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
-        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="{}-{}".format(*case))
+        pytest.param(
+            *case, marks=() if case in FAST else pytest.mark.slow, id="{}-{}".format(*case)
+        )
         for case in PRODUCT
     ],
 )

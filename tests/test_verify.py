@@ -124,9 +124,7 @@ def generate(model, drafter, request_ids, sampling, acceptor):
             valid=lengths,
             features=None,
         )
-        state = decoding.prefill_chunk(
-            model, drafter, state, chunk, lengths, stop_ids, sampling
-        )
+        state = decoding.prefill_chunk(model, drafter, state, chunk, lengths, stop_ids, sampling)
         steps = jnp.int32(NEW_TOKENS)
         state = decoding.decode(model, drafter, state, stop_ids, steps, sampling, acceptor)
         return state.tokens[:, :NEW_TOKENS]

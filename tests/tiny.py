@@ -150,7 +150,9 @@ def _continue(target, tokens, lengths, count):
 
 
 @functools.cache
-def greedy_texts(name: str = "tiny-fp16", dequantize: str = "auto", count: int = 30) -> list[list[int]]:
+def greedy_texts(
+    name: str = "tiny-fp16", dequantize: str = "auto", count: int = 30
+) -> list[list[int]]:
     """The prompts with their greedy continuations, by whole passes over the text: no cache, no loop of ours."""
     texts = prompts()
     tokens = np.zeros((len(texts), 64), np.int32)
@@ -189,7 +191,9 @@ def requests(texts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]) ->
     ]
 
 
-def run(runner: Engine, jobs: Sequence[Request], batch_size: int = 1, **options) -> list[Completion]:
+def run(
+    runner: Engine, jobs: Sequence[Request], batch_size: int = 1, **options
+) -> list[Completion]:
     """Completions in the order of the requests."""
     done = [e for e in runner.run(jobs, batch_size, **options) if isinstance(e, Completion)]
     order = [job.request_id for job in jobs]

@@ -48,7 +48,9 @@ def _pickle(tensors: dict[str, Shaped[np.ndarray, "..."]]) -> bytes:
     items = b"".join(
         _text(name) + _tensor(index, array) for index, (name, array) in enumerate(tensors.items())
     )
-    return pickle.PROTO + b"\x02" + _EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+    return (
+        pickle.PROTO + b"\x02" + _EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+    )
 
 
 def _tensor(index: int, array: Shaped[np.ndarray, "..."]) -> bytes:

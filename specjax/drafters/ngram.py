@@ -34,7 +34,7 @@ class Ngram:
         ngram_min: shortest suffix tried.
     """
 
-    draft_depth: int = field(default=9, metadata={"static": True})
+    draft_depth: int = field(default=7, metadata={"static": True})
     ngram_max: int = field(default=4, metadata={"static": True})
     ngram_min: int = field(default=2, metadata={"static": True})
 
@@ -87,7 +87,7 @@ class Ngram:
             )
             shifted = jnp.pad(history, ((0, 0), (back, 0)), constant_values=-1)[:, :capacity]
             alive = alive & (shifted == last) & (text_len > back + 1)[:, None]
-            matched = matched + alive
+            matched = matched + alive.astype(jnp.int32)
         best = jnp.max(matched, axis=1)
         # Among the longest matches the latest one: texts drift, recent text predicts better.
         score = jnp.where(matched == best[:, None], ends, 0)

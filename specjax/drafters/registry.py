@@ -26,7 +26,7 @@ def _none(target) -> Drafter:
     return NoDraft()
 
 
-def _ngram(target, draft_depth: int = 9, ngram_max: int = 4, ngram_min: int = 2) -> Drafter:
+def _ngram(target, draft_depth: int = 7, ngram_max: int = 4, ngram_min: int = 2) -> Drafter:
     _positive(draft_depth=draft_depth, ngram_min=ngram_min)
     if ngram_max < ngram_min:
         raise ConfigError(f"{ngram_max=} is below {ngram_min=}")
@@ -42,7 +42,7 @@ def _hierarchical(
     target, model: str, inner: Any, min_draft_depth: int = 6, scheme: str | None = None
 ) -> Drafter:
     _positive(min_draft_depth=min_draft_depth)
-    draft = _draft_model(target, model, scheme)
+    draft = _draft_model(target, model, scheme, needs_codes(inner))
     return Hierarchical(
         model=draft.module, inner=build(inner, draft), min_draft_depth=min_draft_depth
     )
@@ -169,11 +169,23 @@ def _positive(**values: int) -> None:
             raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
 
 
-def _draft_model(target, model: str, scheme: str | None):
-    """Loads a draft model in the target's compute dtype, with codes where it shall run under another scheme."""
+def needs_codes(spec: Spec) -> bool:
+    """Whether a drafter reads its target's codes, which must then be loaded with dequantize="never"."""
+    if isinstance(spec, str):
+        spec = parse(spec)
+    return isinstance(spec, dict) and spec["kind"] == "self" and spec.get("scheme") is not None
+
+
+def _draft_model(target, model: str, scheme: str | None, keep_codes: bool = False):
+    """Loads a draft model in the target's compute dtype."""
     from specjax import loading  # which builds targets and so imports this module
 
-    draft = loading.load(model, dtype=target.dtype_name, scheme=scheme)
+    draft = loading.load(
+        model,
+        dtype=target.dtype_name,
+        scheme=scheme,
+        dequantize="never" if keep_codes else "auto",
+    )
     _same_tokenizer(target, draft)
     return draft
 

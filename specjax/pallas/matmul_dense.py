@@ -16,9 +16,7 @@ def matmul(
 
 
 def _rows_first(rows: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
-    return lax.dot_general(
-        rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return _dot(rows, weight, 1)
 
 
 def _weight_first(rows: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
@@ -33,9 +31,18 @@ def _weight_first(rows: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Flo
     columns = jnp.pad(rows, ((0, padded - count), (0, 0))).T
     if count > 1:
         columns = lax.optimization_barrier(columns)
-    y = lax.dot_general(
-        weight, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    y = _dot(weight, columns, 0)
     if count > 1:
         y = lax.optimization_barrier(y)
     return y.T[:count]
+
+
+def _dot(left, right, right_axis: int) -> Float[Array, "I J"]:
+    """Contracts the last axis of `left`; float32 inputs are not rounded to TF32 or less on the way."""
+    return lax.dot_general(
+        left,
+        right,
+        (((1,), (right_axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

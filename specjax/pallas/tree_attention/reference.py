@@ -44,10 +44,11 @@ def tree_attention(
     group = heads // kv_heads
     grouped = q.reshape(batch, rows, kv_heads, group, channels).transpose(0, 2, 1, 3, 4)
     grouped = grouped.reshape(batch, kv_heads, rows * group, channels)
-    scores = jnp.einsum("bkrc,bksc->bkrs", grouped, keys, preferred_element_type=jnp.float32)
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bkrc,bksc->bkrs", grouped, keys, **exact)
     mask = jnp.repeat(visible, group, axis=1)[:, None]
     scores = jnp.where(mask, scores * channels**-0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkrs,bksc->bkrc", weights, values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkrs,bksc->bkrc", weights, values, **exact)
     out = out.reshape(batch, kv_heads, rows, group, channels).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, rows, heads, channels).astype(q.dtype)
