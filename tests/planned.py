@@ -124,7 +124,8 @@ def planned(texts: Sequence[Sequence[int]], plan, shape=CHAIN, vocab_size: int =
         row[: len(text)] = text
     return Planned(
         texts=jnp.asarray(table),
-        plan=jnp.asarray(plan, jnp.int32),
+        # One size for all plans of up to five steps, so that they share executables.
+        plan=jnp.asarray(np.resize(plan, 60), jnp.int32),
         vocab_size=vocab_size,
         parents=shape[0],
         path=shape[1],

@@ -174,7 +174,7 @@ class ShardedSource:
 
 
 def open_source(directory: Path, names: Sequence[str] = STANDARD_NAMES) -> TensorSource:
-    """Opens the first of `names` that exists in a folder (a weight file or an index of shards), or its Orbax checkpoint.
+    """Opens a folder's Orbax checkpoint, or the first of `names` that exists: a weight file or an index of shards.
 
     Raises:
         FileNotFoundError: none of them exists.

@@ -33,9 +33,9 @@ class LMState:
 class LM:
     """Drafts `draft_depth` tokens with `model`.
 
-    After full acceptance the draft model has not seen its own last draft. Each round therefore starts with two rows, the
-    token before the root and the root: in the other cases one row is computed again, which costs nothing where reading
-    the weights sets the time, and keeps one static shape.
+    After full acceptance the draft model has not seen its own last draft. Each round therefore starts with two rows,
+    the token before the root and the root: in the other cases one row is computed again, which costs nothing where
+    reading the weights sets the time, and keeps one static shape.
     """
 
     model: Llama

@@ -42,7 +42,7 @@ def make(seed: int = 0, **changes) -> Llama:
     generator = np.random.default_rng(seed)
 
     def array(*shape):
-        scale = shape[-1] ** -0.5
+        scale = 0.5 * shape[-1] ** -0.5
         return jnp.asarray(scale * generator.standard_normal(shape), jnp.float32)
 
     def linear(rows, columns, bias):
@@ -50,7 +50,7 @@ def make(seed: int = 0, **changes) -> Llama:
 
     def norm():
         gain = generator.uniform(0.5, 1.5, config.hidden_size)
-        gain[generator.integers(0, config.hidden_size, 3)] *= 12
+        gain[generator.integers(0, config.hidden_size, 3)] *= 6
         return nn.RMSNorm(jnp.asarray(gain, jnp.float32), config.rms_norm_eps)
 
     width, kv_width = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -73,7 +73,7 @@ def make(seed: int = 0, **changes) -> Llama:
 
     layers = [layer() for _ in range(config.num_layers)]
     head = None if config.tie_word_embeddings else linear(config.vocab_size, hidden, False)
-    embedding = nn.Embedding(array(config.vocab_size, hidden) * hidden**0.5)
+    embedding = nn.Embedding(array(config.vocab_size, hidden) * 2 * hidden**0.5)
     return Llama(config, LlamaModel(embedding, layers, norm()), head)
 
 
