@@ -3,8 +3,8 @@
     python -m experiments.bench_load --layers=8 --output=experiments/results/load.jsonl
 
 Writes a synthetic GPTQ checkpoint (4 bits, groups of 128, random codes) with the layers of Llama-3-8B and a small
-vocabulary into a temporary folder and loads it in fresh processes from a warm page cache. Reports the rate, and the peak
-of anonymous memory (RssAnon) above that after the imports, beside the size of the converted model; then a profile.
+vocabulary into a temporary folder and loads it in fresh processes from a warm page cache. Reports the rate, and the
+peak of anonymous memory (RssAnon) above that after the imports, beside the size of the converted model; then a profile.
 """
 
 import cProfile

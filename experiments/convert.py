@@ -18,7 +18,6 @@ from experiments import common
 from specjax import conversion
 from specjax.checkpoints import export
 from specjax.config import DTYPES
-from specjax.errors import ConfigError
 from specjax.quant import recipe
 from specjax.quant.scheme import SCHEMES
 
@@ -59,7 +58,10 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     define(boolean, "rotate", False, "Rotate first (QuaRot); with run-time products for w4a4.")
     define(string, "rotation", None, "Rotation file to use; with --head, of the rotated target.")
-    define(string, "head", None, "EAGLE head to convert for a rotated target (--rotation).")
+    define(
+        *(string, "head", None),
+        "EAGLE head to convert for a rotated target (--rotation); EAGLE-3 to speculators layout.",
+    )
     define(
         string, "calibration_file", None, "Text for gptq, smoothquant and qoq: txt, json, jsonl."
     )
@@ -78,13 +80,11 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     """Converts a model, or a head if one is given."""
     if values.head is not None:
-        if values.rotation is None:
-            raise ConfigError("--head needs --rotation=FILE, the rotation of its target")
         output = conversion.convert_head(
             *(values.head, values.source, values.rotation, values.output),
             overwrite=values.overwrite,
         )
-        print(f"head for rotated targets -> {output}")
+        print(f"draft head -> {output}")
         return
     options = {name: values[name].value for name in _MODEL_FLAGS}
     result = conversion.convert(values.source, values.output, progress=True, **options)

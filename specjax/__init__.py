@@ -1,5 +1,6 @@
 """specjax: quantized Llama models that decode speculatively, losslessly, in JAX."""
 
+from specjax.conversion import Conversion, convert, convert_head
 from specjax.errors import CapacityError, CheckpointError, ConfigError, SpecjaxError
 from specjax.generate import GenerationResult, LanguageModel, Options, StreamEvent
 from specjax.loading import load
@@ -11,6 +12,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "Conversion",
     "GenerationResult",
     "LanguageModel",
     "Metrics",
@@ -18,6 +20,8 @@ __all__ = [
     "Perplexity",
     "SpecjaxError",
     "StreamEvent",
+    "convert",
+    "convert_head",
     "load",
     "perplexity",
     "score",

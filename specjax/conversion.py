@@ -20,12 +20,10 @@ from specjax import checkpoints, selfcheck, tokenizer
 from specjax.checkpoints import base, export, hub, manifest, writer
 from specjax.config import DTYPES, ModelConfig
 from specjax.errors import ConfigError
-from specjax.models import layers as nn
 from specjax.models import llama
-from specjax.models.llama import Llama, LlamaModel
+from specjax.models.llama import Llama
 from specjax.quant import calibration, heads, layerwise, quantize, recipe, rotate, rtn
 from specjax.quant import rotation as rotations
-from specjax.quant.linear import QuantizedLinear
 from specjax.quant.recipe import Recipe
 from specjax.quant.rotation import Rotation
 from specjax.quant.workdir import WorkDir
@@ -193,7 +191,7 @@ def convert(
 def convert_head(
     head: str | Path,
     source: str | Path,
-    rotation: str | Path,
+    rotation: str | Path | None,
     output: str | Path,
     *,
     overwrite: bool = False,
@@ -204,14 +202,15 @@ def convert_head(
     Args:
         head: folder of the plain head.
         source: the plain target.
-        rotation: rotation file of the rotated target.
+        rotation: rotation file of the rotated target; None only brings an EAGLE-3 head into the
+            speculators layout.
         output: folder to make.
         overwrite: replace an existing output.
     """
     if not Path(head).is_dir():
         raise FileNotFoundError(f"head={head}: no such folder")
     target = checkpoints.open_checkpoint(hub.resolve(source))
-    stored = rotations.load(Path(rotation))
+    stored = None if rotation is None else rotations.load(Path(rotation))
     return heads.rotate_head(Path(head), target, stored, Path(output), overwrite)
 
 
@@ -267,23 +266,12 @@ def _load(path: Path, checkpoint: base.Checkpoint, decode: bool) -> tuple[Llama,
         return module, stored
     if stored is not None and stored.online:
         raise ConfigError(f"{path} has run-time rotations; start from the model it was made from")
-    quantized = set()
-
-    def dense(name: str, linear):
-        if isinstance(linear, QuantizedLinear):
-            quantized.add(linear.scheme.name)
-            return nn.Linear(linear.dequantize(jnp.float32), linear.bias)
-        return linear
-
-    layers = [layerwise.with_linears(layer, dense) for layer in module.model.layers]
-    head = None if module.lm_head is None else dense("lm_head", module.lm_head)
-    if quantized:
+    names = _scheme_name(module)
+    if names is not None:
         _log.warning(
-            "%s is quantized already (%s): its decoded weights are the source",
-            *(path, ", ".join(sorted(quantized))),
+            "%s is quantized already (%s): its decoded weights are the source", path, names
         )
-    inner = LlamaModel(module.model.embed_tokens, layers, module.model.norm)
-    return Llama(module.config, inner, head), stored
+    return layerwise.decoded(module), stored
 
 
 def _rotate(

@@ -12,7 +12,7 @@ from specjax.errors import ConfigError
 from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.prepare import Dequantize, Preparation
-from specjax.quant import view
+from specjax.quant import rotate, view
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -73,6 +73,7 @@ def load(
     if scheme is not None and not has_codes:
         module.with_scheme(scheme)  # raises: there is nothing to view
     module = Llama(module.config, module.model, preparation.linear(module.lm_head))
+    module = rotate.attach_from(module, path)
     return generate.LanguageModel(
         name=str(path_or_name),
         config=checkpoint.config,

@@ -113,7 +113,9 @@ def request_keys(seed: int, request_ids) -> UInt32[Array, "B 2"]:
     return jax.random.key_data(keys)
 
 
-def fold(keys: UInt32[Array, "B 2"], data: Int[Array, "B"] | int) -> UInt32[Array, "B 2"]:
+def fold(
+    keys: UInt32[Array, "B 2"], data: Int[Array, "B"] | Int[Array, ""] | int
+) -> UInt32[Array, "B 2"]:
     """Derives a key per sequence, e.g. from its position or from the number of a draw within a step."""
     data = jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape[:1])
     return jax.random.key_data(jax.vmap(jax.random.fold_in)(wrap(keys), data))

@@ -171,6 +171,10 @@ class Tokenizer:
             raise ConfigError(f"the chat template of {self.source} failed: {error}") from error
         return self.encode(text, add_special_tokens=False)
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and the chat template into a folder."""
+        self._tokenizer.save_pretrained(folder)
+
     def digest(self) -> str:
         """SHA-256 over the (id, token) pairs: equal where ids mean the same tokens."""
         vocab = self._backend.get_vocab(with_added_tokens=True)

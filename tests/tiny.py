@@ -57,8 +57,15 @@ class RandomCheckpoint:
         self.config, self.seed, self.present = model_config, seed, set(present)
         self.params: dict[str, np.ndarray] = {}
 
+    @property
+    def source(self):
+        return self
+
     def has(self, name: str) -> bool:
         return name in self.present
+
+    def read(self, name: str) -> np.ndarray:
+        raise KeyError(name)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng([self.seed, *name.encode()])

@@ -8,6 +8,7 @@ from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError
 from specjax.models import eagle, eagle3, medusa
 from specjax.models.llama import Llama
+from specjax.quant import heads as rotated
 
 _MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
@@ -38,6 +39,15 @@ def load_eagle(path: Path, target: Llama, target_name: str):
         f"{path}: not an EAGLE head; neither layers.0.self_attn.q_proj.weight (EAGLE-1/2) nor "
         "midlayer.hidden_norm.weight (EAGLE-3) is in it"
     )
+
+
+def check_rotation(path: Path, target: Path) -> None:
+    """Refuses a head whose rotation is not its target's; both are folders.
+
+    Raises:
+        CheckpointError: one of them is rotated and the other is not, or by another matrix.
+    """
+    rotated.check_pair(target, path)
 
 
 def load_medusa(path: Path, target: Llama) -> tuple[medusa.MedusaHeads, dict[str, list]]:
@@ -116,6 +126,6 @@ def _check_fit(
         found, wanted = getattr(head, field), getattr(target, field)
         if found != wanted:
             raise ConfigError(
-                f"draft head {path}: {field} is {found}, but the target {target_name!r} has {wanted}; "
+                f"draft head {path}: {field} is {found}, but the target {target_name} has {wanted}; "
                 "a head works only with the model that it was trained for"
             )

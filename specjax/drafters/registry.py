@@ -66,7 +66,9 @@ def _eagle(
             f"drafter 'eagle': no head ships for {target.name!r}; pass its directory "
             "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
         )
-    head = heads.load_eagle(hub.resolve(str(path)), target.module, target.name)
+    folder = hub.resolve(str(path))
+    head = heads.load_eagle(folder, target.module, target.name)
+    heads.check_rotation(folder, hub.resolve(target.name))
     return eagle(head, draft_depth=draft_depth, topk=topk, num_nodes=num_nodes)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import errors
@@ -60,6 +59,8 @@ def factorize(
     Raises:
         SpecjaxError: the Hessian is not finite, or not positive definite even with damping.
     """
+    import scipy.linalg  # as slow to import as the rest of the package
+
     if not np.isfinite(hessian).all():
         raise errors.SpecjaxError(
             f"{name}: the Hessian of the calibration inputs is not finite; "

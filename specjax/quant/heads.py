@@ -33,7 +33,7 @@ _SPECULATIVE_TOKENS = 5
 def rotate_head(
     head: Path,
     target: base.Checkpoint,
-    rotation: Rotation,
+    rotation: Rotation | None,
     output: Path,
     overwrite: bool = False,
 ) -> Path:
@@ -45,7 +45,7 @@ def rotate_head(
     Args:
         head: folder of the head.
         target: the plain model that the head was trained for.
-        rotation: of the rotated target.
+        rotation: of the rotated target; None only changes an EAGLE-3 head's layout.
         output: folder to make.
         overwrite: replaces an existing folder.
 
@@ -60,7 +60,7 @@ def rotate_head(
     if MATRIX in names:
         raise CheckpointError(f"{head} is rotated already ({MATRIX}); start from the plain head")
     width = target.config.hidden_size
-    if len(rotation.residual) != width:
+    if rotation is not None and len(rotation.residual) != width:
         raise ConfigError(
             f"rotation is of order {len(rotation.residual)}, the target's hidden_size is {width}"
         )
@@ -68,6 +68,8 @@ def rotate_head(
     if any(name.endswith(_EAGLE3_MARK) for name in names):
         arrays, config = _rotate_eagle3(arrays, config, target, rotation)
     elif "fc.weight" in names and "layers.0.self_attn.q_proj.weight" in names:
+        if rotation is None:
+            raise ConfigError(f"{head} is an EAGLE-1/2 head: converting it needs rotation")
         arrays |= _plain_ends(arrays, target, ("embed_tokens.weight", "lm_head.weight"))
         arrays[MATRIX] = _matrix(target, rotation)
     else:
@@ -79,11 +81,13 @@ def rotate_head(
             space = writer.header_space(list(arrays), 1)
             writer.write_shards(folder, arrays.items(), shard_bytes=2**40, header_bytes=space)
         writer.write_json(folder / "config.json", config)
-        rotations.save(dataclasses.replace(rotation, heads=None, ffn=None), folder)
+        if rotation is not None:
+            rotations.save(dataclasses.replace(rotation, heads=None, ffn=None), folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             if (head / name).is_file():
                 shutil.copyfile(head / name, folder / name)
-        manifest.write(folder, format="eagle", rotation=rotation.id, source=head.name)
+        known = None if rotation is None else rotation.id
+        manifest.write(folder, format="eagle", rotation=known, source=head.name)
     return output
 
 
@@ -114,20 +118,23 @@ def _rotate_eagle3(
     arrays: dict[str, np.ndarray],
     config: dict[str, Any],
     target: base.Checkpoint,
-    rotation: Rotation,
+    rotation: Rotation | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and configuration in the speculators layout."""
-    weight, width = arrays["fc.weight"], len(rotation.residual)
+    arrays = {name.replace("midlayer.", "layers.0.", 1): array for name, array in arrays.items()}
+    config, width = speculators_config(config, target), target.config.hidden_size
+    if rotation is None:
+        return arrays, config
+    weight = arrays["fc.weight"]
     if weight.shape[1] % width:
         raise ConfigError(
             f"fc.weight has {weight.shape[1]} inputs, no multiple of the target's hidden_size {width}"
         )
     thirds = weight.astype(np.float64).reshape(len(weight), -1, width) @ rotation.residual
-    arrays = {name.replace("midlayer.", "layers.0.", 1): array for name, array in arrays.items()}
     arrays["fc.weight"] = thirds.reshape(weight.shape).astype(weight.dtype)
     if len(weight) == width:
         arrays |= _plain_ends(arrays, target, ("embed_tokens.weight",))
-    return arrays, speculators_config(config, target)
+    return arrays, config
 
 
 def speculators_config(config: dict[str, Any], target: base.Checkpoint) -> dict[str, Any]:
@@ -223,5 +230,8 @@ def _matches(matrix: Float[np.ndarray, "D D"], target: Path) -> bool:
     q, rows = rotations.load(file).residual, matrix.astype(np.float64)
     if q.shape != rows.shape:
         return False
-    products = np.abs(np.sum(rows * q, axis=1))
-    return bool(np.allclose(products, np.linalg.norm(rows, axis=1), rtol=1e-3, atol=1e-6))
+    products = np.sum(rows * q, axis=1)
+    parallel = np.allclose(np.abs(products), np.linalg.norm(rows, axis=1), rtol=1e-3, atol=1e-6)
+    # Rotations of one Hadamard matrix differ in the signs of rows only; gains are hardly ever
+    # negative.
+    return bool(parallel and np.mean(products > 0) > 0.9)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from specjax import cache as kv
 from specjax import errors
 from specjax.models import layers as nn
-from specjax.models.llama import Llama
+from specjax.models.llama import Llama, LlamaModel
+from specjax.quant.linear import QuantizedLinear
 from specjax.quant.rotation import RotatedInput
 
 # Linears by Hugging Face name, with the site that feeds them; linears of one site see the same
@@ -84,6 +85,19 @@ def with_linears(layer: nn.DecoderLayer, replace: Callable[[str, Any], Any]) -> 
         layer.input_layernorm,
         layer.post_attention_layernorm,
     )
+
+
+def decoded(model: Llama) -> Llama:
+    """The model with its quantized linears dense, in float32; activations are not rounded."""
+
+    def dense(name: str, linear: Any) -> Any:
+        if not isinstance(linear, QuantizedLinear):
+            return linear
+        return nn.Linear(linear.dequantize(jnp.float32), linear.bias)
+
+    layers = [with_linears(layer, dense) for layer in model.model.layers]
+    inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
+    return Llama(model.config, inner, dense("lm_head", model.lm_head))
 
 
 class _Tap:

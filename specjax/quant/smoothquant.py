@@ -37,10 +37,14 @@ def best_strength(
 ) -> float | None:
     """The strength of `STRENGTHS` with the smallest output error on the recorded rows; None if no
     smoothing is best.
+
+    Errors are relative to each row's output: a few rows (the first tokens of a text) are far larger
+    than all others and would decide alone.
     """
     weight = jnp.concatenate(weights)
     amax = jnp.max(jnp.abs(weight), axis=0)
     exact = statistics.rows @ weight.T
+    power = jnp.mean(exact**2, axis=1) + _SMALLEST**2
 
     def error(strength: float | None) -> float:
         s = jnp.ones_like(amax) if strength is None else factors(statistics.amax, amax, strength)
@@ -49,7 +53,7 @@ def best_strength(
         if scheme.activations is not None:
             quantized = activations.quantize(x, scheme.activations)
             x = quantized.codes.astype(jnp.float32) * quantized.scale
-        return float(jnp.mean((x @ rounded.T - exact) ** 2))
+        return float(jnp.mean(jnp.mean((x @ rounded.T - exact) ** 2, axis=1) / power))
 
     return min((None, *STRENGTHS), key=error)
 

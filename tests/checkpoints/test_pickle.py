@@ -176,8 +176,8 @@ def test_single_tensor(tmp_path):
     ],
 )
 def test_files_of_torch_equal_their_safetensors_twins(folder, file, twin):
-    ours = source.open_file(paths.fixture(folder) / file)
-    theirs = source.open_file(paths.fixture(folder) / twin)
+    ours = source.open_file(paths.require(Path("checkpoints", folder, file)))
+    theirs = source.open_file(paths.require(Path("checkpoints", folder, twin)))
     assert set(ours.names()) == set(theirs.names())
     for name in theirs.names():
         assert ours.dtype(name) == theirs.dtype(name)

@@ -70,10 +70,12 @@ def test_the_searched_strength_is_no_worse_than_any_other(bits):
         s = jnp.ones_like(amax)
         if strength is not None:
             s = smoothquant.factors(seen["qkv"].amax, amax, strength)
-        rows = activations.quantize(seen["qkv"].rows / s, spec.activations)
-        x = rows.codes.astype(jnp.float32) * rows.scale
+        quantized = activations.quantize(seen["qkv"].rows / s, spec.activations)
+        x = quantized.codes.astype(jnp.float32) * quantized.scale
         rounded = rtn.quantize(weight * s, spec).dequantize()
-        return float(jnp.mean((x @ rounded.T - seen["qkv"].rows @ weight.T) ** 2))
+        exact = seen["qkv"].rows @ weight.T
+        rows = jnp.mean((x @ rounded.T - exact) ** 2, axis=1) / jnp.mean(exact**2, axis=1)
+        return float(jnp.mean(rows))
 
     assert best is not None
     assert error(best) < 0.9 * error(None)
