@@ -169,10 +169,8 @@ class Engine:
                 )
         new_tokens = bucket(max(request.max_new_tokens for request in requests))
         room = self.drafter.max_depth + 1 + self.drafter.scratch
-        longest = max(
-            max(_padded(len(r.input_ids)), len(r.input_ids) + r.max_new_tokens + room)
-            for r in requests
-        )
+        # Of the buckets, not of the lengths themselves: prompts of one bucket must find the same shapes.
+        longest = max(_padded(len(r.input_ids)) for r in requests) + new_tokens + room
         return bucket(longest), new_tokens
 
     def run(

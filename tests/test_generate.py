@@ -1,0 +1,259 @@
+"""`LanguageModel.generate` and `.stream`: forms of prompts, stop strings, streams, results, refusals."""
+
+import functools
+import string
+from dataclasses import replace
+
+import pytest
+
+import specjax
+from specjax import CapacityError, ConfigError, LanguageModel
+from tests import paths, tiny
+
+PROMPT = "The market rose in the last week"
+OTHER = "He said that the company would"
+NEW_TOKENS = 24
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture(autouse=True)
+def hurry():
+    with tiny.hurried_compiler():
+        yield
+
+
+@functools.cache
+def model() -> LanguageModel:
+    """tiny-fp16 with its tokenizer and a made-up chat template."""
+    path = paths.fixture("tiny-fp16")
+    return specjax.load(path, dtype="float32", chat_template=TEMPLATE)
+
+
+@functools.cache
+def plain():
+    """What the model says after `PROMPT`."""
+    return model().generate({"text": PROMPT}, max_new_tokens=NEW_TOKENS)[0]
+
+
+def generate(prompts, drafter="none", **options):
+    return model().generate(prompts, drafter, **{"max_new_tokens": NEW_TOKENS, **options})
+
+
+def test_result_of_a_text():
+    result = plain()
+    assert result.id == 0
+    assert result.input_ids == model().tokenizer.encode(PROMPT)
+    assert result.text == model().decode(result.output_ids)
+    assert len(result.output_ids) == result.metrics.new_tokens == NEW_TOKENS
+    assert result.finish_reason == "length"
+    row = result.to_dict()
+    assert set(row) >= {
+        *("id", "input_ids", "output_ids", "text", "finish_reason", "new_tokens", "num_spec_steps"),
+        *("mean_acceptance_length", "acceptance_histogram", "draft_acceptance_rate"),
+        *("prefill_ms", "decode_ms", "compile_ms", "tokens_per_s", "batch_size"),
+    }
+
+
+def test_forms_of_prompts_and_their_precedence():
+    """Token ids before messages before raw text before a user turn; other fields are ignored."""
+    ids = model().tokenizer.encode(PROMPT)
+    turn = model().tokenizer.encode(f"<user>{PROMPT}<assistant>")
+    chat = model().tokenizer.encode(f"<system>x<user>{PROMPT}<assistant>")
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": PROMPT}]
+    encode = model().encode
+    assert encode(ids) == encode({"input_ids": ids}) == encode({"text": PROMPT}) == ids
+    assert encode(PROMPT) == encode({"prompt": PROMPT}) == turn
+    assert encode({"messages": messages}) == chat
+    row = {"id": 7, "prompt": "a", "text": PROMPT, "category": "x"}
+    assert encode(row) == ids
+    assert encode({**row, "messages": messages}) == chat
+    assert encode({**row, "messages": messages, "input_ids": ids[:3]}) == ids[:3]
+
+
+def test_one_prompt_or_a_list():
+    ids = model().tokenizer.encode(PROMPT)
+    single = generate(ids)
+    assert len(single) == 1
+    assert single[0].output_ids == plain().output_ids
+    both = generate([{"text": OTHER}, ids], batch_size=4, ids=["a", "b"])
+    assert [result.id for result in both] == ["a", "b"]
+    assert both[1].output_ids == plain().output_ids
+    assert generate([]) == []
+
+
+def test_results_are_ordered_and_batches_give_the_same():
+    prompts = [{"text": OTHER}, {"text": PROMPT}, {"text": PROMPT[:12]}]
+    together = generate(prompts, batch_size=2)
+    assert [result.id for result in together] == [0, 1, 2]
+    for prompt, result in zip(prompts, together, strict=True):
+        assert generate(prompt)[0].output_ids == result.output_ids
+    assert {result.metrics.batch_size for result in together} == {2}
+
+
+@pytest.mark.parametrize("spec", ["ngram", {"kind": "ngram", "draft_depth": 3, "ngram_min": 1}, "self"])
+def test_drafters_by_name_and_by_dict_give_the_same_text(spec):
+    result = generate({"text": PROMPT}, spec)[0]
+    assert result.output_ids == plain().output_ids
+    assert result.metrics.num_draft_tokens > 0
+
+
+def test_eagle_head_by_path():
+    spec = {"kind": "eagle", "model": str(paths.fixture("eagle2-tiny"))}
+    spec |= {"draft_depth": 2, "topk": 4, "num_nodes": 8}
+    result = generate({"text": PROMPT}, spec)[0]
+    assert result.output_ids == plain().output_ids
+    assert result.metrics.mean_acceptance_length > 1
+
+
+def spanning() -> str:
+    """A string of the plain text that begins in one token and ends in the next, and occurs there first."""
+    ids, text = plain().output_ids, plain().text
+    for at in range(12, len(ids) - 2):
+        begin, end = len(model().decode(ids[:at])), len(model().decode(ids[: at + 1]))
+        candidate = text[begin - 2 : begin + 2]
+        if end >= begin + 2 and text.find(candidate) == begin - 2:
+            return candidate
+    raise AssertionError("the model repeats itself too soon")
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
+def test_stop_strings_cut_the_text_and_keep_the_tokens_up_to_them(drafter):
+    stop = spanning()
+    result = generate({"text": PROMPT}, drafter, stop=(stop, "never said"))[0]
+    assert result.finish_reason == "stop"
+    assert result.text == plain().text[: plain().text.index(stop)]
+    count = len(result.output_ids)
+    assert result.output_ids == plain().output_ids[:count]
+    assert stop in model().decode(result.output_ids)
+    assert stop not in model().decode(result.output_ids[:-1])
+    assert result.metrics.new_tokens == count
+
+
+def test_stop_strings_in_batches():
+    stop = spanning()
+    prompts = [{"text": OTHER}, {"text": PROMPT}, {"text": PROMPT[:12]}]
+    together = generate(prompts, stop=(stop,), batch_size=2)
+    for prompt, result in zip(prompts, together, strict=True):
+        alone = generate(prompt, stop=(stop,))[0]
+        assert (result.text, result.output_ids) == (alone.text, alone.output_ids)
+        assert result.finish_reason == alone.finish_reason
+    assert together[1].finish_reason == "stop"
+
+
+def test_a_stop_string_that_does_not_occur_changes_nothing():
+    result = generate({"text": PROMPT}, stop=("never said",))[0]
+    assert (result.text, result.finish_reason) == (plain().text, "length")
+
+
+def test_one_string_as_stop_is_one_stop_string():
+    stop = spanning()
+    assert generate({"text": PROMPT}, stop=stop)[0].text == plain().text[: plain().text.index(stop)]
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
+@pytest.mark.parametrize("with_stop", [False, True])
+def test_a_stream_is_the_text_in_pieces(drafter, with_stop):
+    options = {"stop": (spanning(),)} if with_stop else {}
+    whole = generate({"text": PROMPT}, drafter, **options)[0]
+    events = list(
+        model().stream({"text": PROMPT}, drafter, max_new_tokens=NEW_TOKENS, **options)
+    )
+    assert "".join(event.text for event in events) == whole.text
+    assert len(events) > 2
+    assert all(event.result is None for event in events[:-1])
+    last = events[-1].result
+    assert (last.text, last.output_ids) == (whole.text, whole.output_ids)
+    assert last.finish_reason == whole.finish_reason
+
+
+def test_streams_never_show_half_a_character_or_the_start_of_a_stop_string():
+    stop = spanning()
+    sent = ""
+    for event in model().stream({"text": PROMPT}, max_new_tokens=NEW_TOKENS, stop=(stop,)):
+        sent += event.text
+        assert "\ufffd" not in event.text
+        assert plain().text.startswith(sent)
+    assert sent == plain().text[: plain().text.index(stop)]
+
+
+def test_max_length_bounds_prompt_and_new_tokens():
+    size = len(plain().input_ids)
+    result = generate({"text": PROMPT}, max_length=size + 5)[0]
+    assert result.output_ids == plain().output_ids[:5]
+    assert result.finish_reason == "length"
+
+
+def test_eos_ends_a_generation_unless_it_is_ignored(monkeypatch):
+    """The model never says </s> by itself: another token of its text is declared to be the end."""
+    ids = plain().output_ids
+    at = next(i for i in range(6, NEW_TOKENS) if ids[i] not in ids[:i])
+    other = replace(model().config, eos_token_ids=(1, ids[at]))
+    monkeypatch.setattr(model(), "config", other)
+    stopped = generate({"text": PROMPT})[0]
+    assert stopped.output_ids == ids[: at + 1]
+    assert stopped.finish_reason == "stop"
+    assert generate({"text": PROMPT}, ignore_eos=True)[0].output_ids == ids
+
+
+def test_sampling_options_reach_the_engine():
+    settings = {"temperature": 1.5, "seed": 3}
+    once = generate({"text": PROMPT}, **settings)[0].output_ids
+    assert generate({"text": PROMPT}, **settings)[0].output_ids == once
+    assert generate({"text": PROMPT}, temperature=1.5, seed=4)[0].output_ids != once
+    assert generate({"text": PROMPT}, temperature=1.5, top_k=1)[0].output_ids == plain().output_ids
+
+
+REFUSED = [
+    ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
+    ({"batch_size": 0}, ConfigError, "batch_size=0"),
+    ({"temperature": -1.0}, ConfigError, "temperature=-1"),
+    ({"top_p": 0.0}, ConfigError, "top_p=0"),
+    ({"acceptance": "typo"}, ConfigError, "acceptance='typo'"),
+    ({"stop": ("a", "")}, ConfigError, "empty stop string"),
+    ({"max_length": 3}, CapacityError, "max_length is 3"),
+    ({"prompts": {"input_ids": []}}, CapacityError, "prompt is empty"),
+    ({"prompts": {"text": ""}}, CapacityError, "prompt is empty"),
+    ({"prompts": " "}, CapacityError, "prompt is empty"),
+    ({"prompts": {"messages": []}}, ConfigError, "messages is empty"),
+    ({"prompts": {"input_ids": [5, 1024]}}, CapacityError, "1024, outside the vocabulary of 1024"),
+    ({"prompts": {"input_ids": [-1]}}, CapacityError, "-1, outside"),
+    ({"prompts": {"question": "x"}}, ConfigError, "one of input_ids, messages, text, prompt"),
+    ({"prompts": [1] * 2048}, CapacityError, "2048 tokens"),
+    ({"drafter": "typo"}, ConfigError, "drafter='typo'"),
+    ({"drafter": {"kind": "ngram", "depth": 3}}, ConfigError, "no option 'depth'"),
+    ({"drafter": {"draft_depth": 3}}, ConfigError, "'kind'"),
+    ({"drafter": {"kind": "ngram", "draft_depth": 0}}, ConfigError, "draft_depth=0"),
+    ({"drafter": {"kind": "lm"}}, ConfigError, "needs the option 'model'"),
+    ({"drafter": "eagle"}, ConfigError, "no head ships"),
+    ({"drafter": {"kind": "self", "scheme": "w4a8"}}, ConfigError, "needs quantized weights"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED)
+def test_bad_input_is_refused_with_its_name(arguments, error, message):
+    arguments = {"prompts": {"text": PROMPT}, **arguments}
+    before = model().programs.num_compilations
+    with pytest.raises(error, match=message):
+        generate(**arguments)
+    assert model().programs.num_compilations == before
+
+
+def test_an_unknown_option_is_refused_by_name():
+    with pytest.raises(TypeError, match="max_tokens"):
+        generate({"text": PROMPT}, max_tokens=3)
+
+
+def test_a_model_without_tokenizer_takes_and_gives_token_ids():
+    bare = LanguageModel(name="bare", config=model().config, module=model().module)
+    result = bare.generate(plain().input_ids, max_new_tokens=4)[0]
+    assert result.output_ids == plain().output_ids[:4]
+    assert result.text is None
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        bare.generate("text")
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
+        bare.generate([1, 2], stop=("x",))
+
+
+def test_the_fixture_speaks_plain_text():
+    """What the stop-string tests rest on."""
+    assert set(plain().text) <= set(string.printable)
