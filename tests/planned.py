@@ -46,8 +46,8 @@ class Planned:
         path: nodes of the right path, root first; no node is deeper than its last.
     """
 
-    texts: Int[Array, "X Y"]
-    plan: Int[Array, "Q"]
+    texts: Int[Array, "R S"]
+    plan: Int[Array, "M"]
     vocab_size: int = field(metadata={"static": True})
     parents: tuple[int, ...] = field(metadata={"static": True})
     path: tuple[int, ...] = field(metadata={"static": True})

@@ -128,7 +128,11 @@ def test_limits_cut_the_last_step_but_not_its_acceptance():
     state = advance(begin(limits=(12, 7, 4)))
     assert state.num_tokens.tolist() == [12, 7, 4]
     assert state.num_spec_steps.tolist() == [4, 3, 1]
-    assert state.acceptance_histogram.tolist() == [[1, 1, 1, 0, 1], [1, 0, 1, 0, 1], [0, 0, 1, 0, 0]]
+    assert state.acceptance_histogram.tolist() == [
+        [1, 1, 1, 0, 1],
+        [1, 0, 1, 0, 1],
+        [0, 0, 1, 0, 0],
+    ]
     assert not state.stopped.any()
     for row, count in enumerate((12, 7, 4)):
         assert produced(state, row) == new_tokens(row)[:count]

@@ -111,19 +111,6 @@ def begin(model, drafter, tokens, lengths, sampling) -> decoding.DecodeState:
     return decoding.prefill_chunk(model, drafter, state, chunk, lengths, NO_STOP, sampling)
 
 
-def propose(model, drafter, state, draft=None, root=None, lengths=None, sampling=GREEDY):
-    """The drafter's proposal where `state` stands, or elsewhere."""
-    return drafter.propose(
-        model,
-        state.cache,
-        state.draft if draft is None else draft,
-        state.root if root is None else root,
-        state.lengths if lengths is None else lengths,
-        sample.fold(state.keys, 7),
-        sampling,
-    )
-
-
 def form(tree):
     """Structure, shapes and dtypes."""
     leaves, structure = jax.tree.flatten(tree)
@@ -139,7 +126,8 @@ def test_states_keep_structure_shapes_and_dtypes(name, sampling):
         tokens = jnp.asarray(padded(PROMPTS))
         empty = drafter.init(model, 2, CAPACITY)
         state = begin(model, drafter, tokens, LENGTHS, sampling)
-        proposal = propose(model, drafter, state, sampling=sampling)
+        where = state.root, state.lengths, state.keys
+        proposal = drafter.propose(model, state.cache, state.draft, *where, sampling)
         logits, features, _, tree = target_pass.forward_tree(
             model, proposal.tree, proposal.cache, state.lengths, drafter.needs
         )
@@ -175,32 +163,64 @@ def test_drafters_hold_no_array_of_the_target(name):
     assert not held & {id(leaf) for leaf in jax.tree.leaves(target())}
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def walk(model, drafter, tokens, lengths):
+def hurried(function):
+    """Compiled once per drafter, and in a hurry."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@hurried
+def prefilled(model, drafter, tokens, lengths):
+    return begin(model, drafter, tokens, lengths, GREEDY)
+
+
+@hurried
+def step(model, drafter, state):
+    return decoding.step(model, drafter, state, NO_STOP, GREEDY, verify.Greedy())
+
+
+@hurried
+def propose(model, drafter, cache, draft, root, lengths):
+    keys = sample.request_keys(0, np.arange(2))
+    return drafter.propose(model, cache, draft, root, lengths, keys, GREEDY)
+
+
+@hurried
+def commit(model, drafter, draft, lengths, verified):
+    return drafter.commit(model, draft, lengths, verified)
+
+
+@hurried
+def rollback(drafter, draft, lengths, root, features):
+    return drafter.rollback(draft, lengths, root, features)
+
+
+@functools.cache
+def walk(name: str) -> list[decoding.DecodeState]:
     """States after the prompts and after each of three steps."""
-    first = begin(model, drafter, tokens, lengths, GREEDY)
-
-    def step(state, _):
-        new = decoding.step(model, drafter, state, NO_STOP, GREEDY, verify.Greedy())
-        return new, new
-
-    return first, jax.lax.scan(step, first, None, 3)[1]
+    states = [prefilled(target(), build(name), jnp.asarray(padded(PROMPTS)), LENGTHS)]
+    for _ in range(3):
+        states.append(step(target(), build(name), states[-1]))
+    return states
 
 
-def at(states, index: int):
-    return jax.tree.map(lambda leaf: leaf[index], states)
+# What holds no state of its own, and what another one stands for, runs with the slow tests.
+BEHAVIOURS = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("self", "eagle3", "nested") else ())
+    for name in DRAFTERS
+    if name != "none"
+]
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def idle_then_propose(model, drafter, state):
-    """Proposals before and after a step in which sequence 0 took no part."""
-    before = propose(model, drafter, state)
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_sequences_that_take_no_part_propose_the_same_again(name):
+    drafter, state = build(name), walk(name)[1]
+    before = propose(target(), drafter, state.cache, state.draft, state.root, state.lengths)
     rows = drafter.max_depth + 1
     count = jnp.asarray([0, rows], jnp.int32)
+    tokens = jnp.full((2, rows), 3, jnp.int32)
     features = None
     if drafter.needs is not None:
         features = jnp.ones((2, rows, CONFIG.hidden_size), jnp.float32)
-    tokens = jnp.full((2, rows), 3, jnp.int32)
     verified = Verified(
         path=jnp.broadcast_to(jnp.arange(rows), (2, rows)),
         length=count,
@@ -208,55 +228,46 @@ def idle_then_propose(model, drafter, state):
         next_token=tokens[:, -1],
         features=features,
     )
-    draft = drafter.commit(model, before.state, state.lengths, verified)
+    draft = commit(target(), drafter, before.state, state.lengths, verified)
     root = jnp.where(count > 0, verified.next_token, state.root)
-    after = propose(model, drafter, state, draft, root, state.lengths + count)
-    return before.tree, after.tree
+    after = propose(target(), drafter, state.cache, draft, root, state.lengths + count)
+    assert before.tree.tokens[0].tolist() == after.tree.tokens[0].tolist()
+    assert before.tree.parents[0].tolist() == after.tree.parents[0].tolist()
+    assert before.tree.tokens[1].tolist() != after.tree.tokens[1].tolist()
 
 
-@pytest.mark.parametrize("name", [name for name in DRAFTERS if name != "none"])
-def test_sequences_that_take_no_part_propose_the_same_again(name):
-    drafter = build(name)
-    _, states = walk(target(), drafter, jnp.asarray(padded(PROMPTS)), LENGTHS)
-    before, after = idle_then_propose(target(), drafter, at(states, 1))
-    assert before.tokens[0].tolist() == after.tokens[0].tolist()
-    assert before.parents[0].tolist() == after.parents[0].tolist()
-    assert before.tokens[1].tolist() != after.tokens[1].tolist()
+forward_chunk = jax.jit(target_pass.forward_chunk, static_argnames="needs")
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def roll_back(model, drafter, state, tokens, lengths):
-    """Proposals for texts shorter than `state`'s: after rolling back, and after a fresh prefill."""
-    rows = jnp.arange(tokens.shape[0])
-    root = tokens[rows, lengths]
-    fresh = begin(model, drafter, tokens, lengths, GREEDY)
-    features = None
-    if drafter.needs is not None:
-        cache = kv.init(CONFIG, tokens.shape[0], CAPACITY, jnp.float32)
-        start = jnp.zeros_like(lengths)
-        _, read = target_pass.forward_chunk(model, tokens, start, cache, drafter.needs)
-        features = read[rows, lengths - 1]
-    draft = drafter.rollback(state.draft, lengths, root, features)
-    back = propose(model, drafter, state, draft, root, lengths)
-    new = propose(model, drafter, fresh, root=root, lengths=lengths)
-    return back.tree, new.tree
+def features_at(tokens, positions, needs):
+    """What a drafter needs of the target at one position of each text."""
+    if needs is None:
+        return None
+    cache = kv.init(CONFIG, 2, CAPACITY, jnp.float32)
+    start = jnp.zeros_like(positions)
+    _, rows = forward_chunk(target(), tokens, start, cache, needs=needs)
+    return rows[jnp.arange(2), positions]
 
 
-@pytest.mark.parametrize("name", [name for name in DRAFTERS if name != "none"])
+@pytest.mark.parametrize("name", BEHAVIOURS)
 def test_rollback_and_a_fresh_prefill_propose_the_same(name):
     """From one to all tokens of the last steps are taken back, differently in each sequence."""
-    drafter = build(name)
-    first, states = walk(target(), drafter, jnp.asarray(padded(PROMPTS)), LENGTHS)
+    drafter, states = build(name), walk(name)
+    last = states[-1]
     texts = [
-        [*prompt, *np.asarray(states.tokens[-1, b, : states.num_tokens[-1, b]]).tolist()]
-        for b, prompt in enumerate(PROMPTS)
+        [*prompt, *np.asarray(last.tokens[row, : last.num_tokens[row]]).tolist()]
+        for row, prompt in enumerate(PROMPTS)
     ]
     tokens = jnp.asarray(padded(texts))
-    last = at(states, 2)
-    for index, lengths in enumerate([first.lengths, states.lengths[1], last.lengths]):
+    for index in (0, 2, 3):
         # One token further than where a step ended, where there is such a token.
-        lengths = jnp.minimum(lengths + jnp.asarray([0, 1]), last.lengths)
-        back, new = roll_back(target(), drafter, last, tokens, lengths)
+        lengths = jnp.minimum(states[index].lengths + jnp.asarray([0, 1]), last.lengths)
+        root = tokens[jnp.arange(2), lengths]
+        fresh = prefilled(target(), drafter, tokens, lengths)
+        features = features_at(tokens, lengths - 1, drafter.needs)
+        draft = rollback(drafter, last.draft, lengths, root, features)
+        back = propose(target(), drafter, last.cache, draft, root, lengths).tree
+        new = propose(target(), drafter, fresh.cache, fresh.draft, root, lengths).tree
         used = (np.asarray(back.parents) >= 0) & (np.asarray(new.parents) >= 0)
         assert (np.asarray(back.tokens) == np.asarray(new.tokens))[used].all(), index
         if name == "nested":
@@ -266,27 +277,19 @@ def test_rollback_and_a_fresh_prefill_propose_the_same(name):
             assert (back.parents == new.parents).all(), index
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def touched(model, drafter, state):
-    """The target's and the drafter's keys and values before and after a step."""
+@pytest.mark.parametrize("name", ["lm", "eagle", "hierarchical"])
+def test_steps_write_only_within_the_scratch_that_they_declare(name):
+    """In the target's cache and in the drafter's own."""
 
     def caches(state):
         leaves = jax.tree.leaves((state.cache, state.draft))
         return [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[2] == CAPACITY]
 
-    after = decoding.step(model, drafter, state, NO_STOP, GREEDY, verify.Greedy())
-    return caches(state), caches(after)
-
-
-@pytest.mark.parametrize("name", ["self", "eagle", "hierarchical", "lm"])
-def test_steps_write_only_within_the_scratch_that_they_declare(name):
-    drafter = build(name)
-    _, states = walk(target(), drafter, jnp.asarray(padded(PROMPTS)), LENGTHS)
-    state = at(states, 1)
-    for before, after in zip(*touched(target(), drafter, state), strict=True):
-        for b, length in enumerate(state.lengths.tolist()):
-            slots = np.flatnonzero(np.asarray(before != after)[b].any(axis=(0, 2)))
-            assert (slots < length + drafter.scratch).all(), (slots, length)
+    _, state, after, _ = walk(name)
+    for before, now in zip(caches(state), caches(after), strict=True):
+        for row, length in enumerate(state.lengths.tolist()):
+            slots = np.flatnonzero(np.asarray(before != now)[row].any(axis=(0, 2)))
+            assert (slots < length + build(name).scratch).all(), (slots, length)
 
 
 def test_every_kind_of_the_registry_is_tested_here():

@@ -1,6 +1,7 @@
 """Serving requests: buckets, one compilation and one dispatch per shape, refilled slots, ends, determinism."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -236,7 +237,7 @@ def test_looking_in_between_changes_nothing():
     assert all(isinstance(event, Progress) for event in events[:-1])
     assert isinstance(events[-1], Completion)
     assert len(events) > 3
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         assert after.output_ids[: len(before.output_ids)] == before.output_ids
     assert events[-1].output_ids == new_tokens(0, 16)
 

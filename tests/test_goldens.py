@@ -65,9 +65,7 @@ def agrees(row: dict, found: list[int]) -> bool:
 def check(selected: list[dict], drafter="none", new_tokens: int = 96, batch_size: int = 1):
     """Golden tokens from a drafter, one tie at most; returns the results."""
     prompts = [{"input_ids": row["input_ids"]} for row in selected]
-    results = smollm2().generate(
-        prompts, drafter, max_new_tokens=new_tokens, batch_size=batch_size
-    )
+    results = smollm2().generate(prompts, drafter, max_new_tokens=new_tokens, batch_size=batch_size)
     same = []
     for row, result in zip(selected, results, strict=True):
         assert len(result.output_ids) == min(new_tokens, len(row["greedy_ids"]))
@@ -85,14 +83,16 @@ def shortest(count: int) -> list[dict]:
 @pytest.mark.parametrize("drafter", ["none", "ngram"])
 def test_smollm2_two_rows(drafter):
     smollm2()
-    check(shortest(2), drafter, new_tokens=20)
+    with tiny.hurried_compiler():
+        check(shortest(2), drafter, new_tokens=20)
 
 
 def test_smollm2_renders_and_decodes_as_transformers_does():
     model = smollm2()
     for row in rows():
         assert model.encode(row["prompt"]) == row["input_ids"]
-        assert model.decode(row["greedy_ids"]) == row["text"]
+        text = model.tokenizer.decode(row["greedy_ids"], skip_special_tokens=False)
+        assert text == row["text"]
 
 
 @pytest.mark.slow

@@ -70,7 +70,9 @@ def inside_loops(hlo: str) -> list[str]:
         seen[name] = bodies[name]
         text = "\n".join(bodies[name])
         waiting += _CALLED.findall(text)
-        waiting += [part.strip(" %") for group in _BRANCHES.findall(text) for part in group.split(",")]
+        waiting += [
+            part.strip(" %") for group in _BRANCHES.findall(text) for part in group.split(",")
+        ]
     found = [line for lines in seen.values() for line in lines]
     assert found, "the loops' computations were not found"
     return found
@@ -106,7 +108,9 @@ def drafter(name: str, target):
 
 
 FAST = [("none", 1), ("ngram", 1), ("eagle-60", 1), ("none", 4)]
-PRODUCT = [(name, b) for name in ("none", "ngram", "self", "lm", "eagle-12", "eagle-60") for b in (1, 4)]
+PRODUCT = [
+    (name, b) for name in ("none", "ngram", "self", "lm", "eagle-12", "eagle-60") for b in (1, 4)
+]
 
 
 @pytest.mark.parametrize(

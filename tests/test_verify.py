@@ -172,7 +172,6 @@ def p_values(name: str, filters: str, batch: int, acceptor) -> list[float]:
 
 
 FAST = [
-    ("none", "on", 1),
     ("chain", "off", 1),
     ("chain", "on", 4),
     ("tree", "on", 1),
@@ -233,7 +232,7 @@ class MisreadsQ:
 @pytest.mark.parametrize(
     ("name", "acceptor"),
     [
-        ("eagle", MatchesArgmax()),
+        ("tree", MatchesArgmax()),
         ("chain", ForgetsTheResidual()),
         pytest.param("tree", MisreadsQ(), marks=pytest.mark.slow),
     ],
