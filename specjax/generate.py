@@ -75,7 +75,7 @@ class Options:
         max_new_tokens: most tokens to return per request.
         max_length: bound on prompt + new tokens; None = the model's max_position_embeddings.
         temperature, top_k, top_p: see `specjax.sampling.sampling`; temperature 0 is greedy.
-        stop: strings that end a text; they are cut off.
+        stop: string or strings that end a text; they are cut off.
         seed: seed of all random choices; same seed, drafter and request ids give the same tokens.
         batch_size: requests that run together; finished ones are replaced from the queue.
         acceptance: "auto", or a name from `specjax.verify.ACCEPTORS`.
@@ -87,13 +87,15 @@ class Options:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     seed: int = 0
     batch_size: int = 1
     acceptance: str = "auto"
     ignore_eos: bool = False
 
     def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed")
