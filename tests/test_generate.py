@@ -204,6 +204,16 @@ def test_sampling_options_reach_the_engine():
     assert sampled(top_k=1) == plain().output_ids
 
 
+def test_random_streams_follow_the_requests_numbers():
+    """A resumed run, which lacks the first rows, continues with the same texts."""
+    prompts = [{"text": OTHER}, {"text": PROMPT}]
+    settings = {"temperature": 1.5, "top_k": 999, "max_new_tokens": NEW_TOKENS, "batch_size": 1}
+    both = dict(model().generate_iter(prompts, **settings))
+    rest = dict(model().generate_iter(prompts[1:], request_ids=[1], **settings))
+    assert rest[0].output_ids == both[1].output_ids
+    assert dict(model().generate_iter(prompts[1:], **settings))[0].output_ids != rest[0].output_ids
+
+
 REFUSED = [
     ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
     ({"batch_size": 0}, ConfigError, "batch_size=0"),

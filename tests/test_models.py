@@ -12,7 +12,7 @@ from specjax.config import RopeConfig
 from specjax.models import eagle, layers, llama
 from specjax.prepare import prepare
 from specjax.tree import Tree
-from tests import tiny
+from tests import strategies, tiny
 from tests.oracle import Oracle
 
 LLAMA3 = RopeConfig(
@@ -77,6 +77,21 @@ def test_eagle_head_is_the_oracles(bias):
     for b in range(2):
         expected = oracle.eagle(features[b], tokens[b], table)
         assert np.abs(np.asarray(found[b]) - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linears_work_at_the_row_counts_around_tiles(bias):
+    rng = np.random.default_rng(8)
+    weight = rng.standard_normal((24, 40)).astype(np.float32)
+    offset = rng.standard_normal(24).astype(np.float32) if bias else None
+    linear = layers.Linear(jnp.asarray(weight), jnp.asarray(offset) if bias else None)
+    call = jax.jit(lambda x: linear(x))
+    for rows in strategies.ROW_COUNTS:
+        x = rng.standard_normal((rows, 40)).astype(np.float32)
+        expected = x.astype(np.float64) @ weight.T.astype(np.float64) + (offset if bias else 0)
+        found = np.asarray(call(jnp.asarray(x)))
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 PROMPT = np.random.default_rng(3).integers(0, 16, (2, 21)).astype(np.int32)

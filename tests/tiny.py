@@ -106,16 +106,18 @@ class ZeroCheckpoint(RandomCheckpoint):
 
 
 @functools.cache
-def fixture_model(name: str = "tiny-fp16", dequantize: str = "auto") -> llama.Llama:
-    """A fixture checkpoint in run-time form, float32."""
+def fixture_model(
+    name: str = "tiny-fp16", dequantize: str = "auto", dtype: str = "float32"
+) -> llama.Llama:
+    """A fixture checkpoint in run-time form."""
     checkpoint = checkpoints.open_checkpoint(paths.fixture(name))
-    return prepare(llama.build(checkpoint, jnp.float32), dequantize=dequantize)
+    return prepare(llama.build(checkpoint, jnp.dtype(dtype)), dequantize=dequantize)
 
 
 @functools.cache
-def fixture_head(name: str = "eagle2-tiny", target: str = "tiny-fp16"):
-    """An EAGLE head of the fixtures, float32."""
-    return heads.load_eagle(paths.fixture(name), fixture_model(target), target)
+def fixture_head(name: str = "eagle2-tiny", target: str = "tiny-fp16", dtype: str = "float32"):
+    """An EAGLE head of the fixtures, in its target's dtype."""
+    return heads.load_eagle(paths.fixture(name), fixture_model(target, dtype=dtype), target)
 
 
 def noisy(target: llama.Llama, scale: float, seed: int = 0) -> llama.Llama:
