@@ -63,8 +63,7 @@ def load(
             layer, has_codes = view.with_scheme(layer, scheme), True
         if qserve_layernorm:
             layer.input_layernorm.centered = layer.post_attention_layernorm.centered = True
-        # Waiting here keeps what is under way, and so the memory of a load, to one layer.
-        layer = jax.block_until_ready(preparation.layer(layer))
+        layer = preparation.layer(layer)
         bar.update()
         return layer
 

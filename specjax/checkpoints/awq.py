@@ -70,7 +70,7 @@ class AWQFormat:
         scales = tensors.read(source, f"{prefix}.scales", tensors.FLOATS, (groups, out_features))
         scheme = schemes.lookup("w4a16-asym")
         return QuantizedLinear(
-            codes=codes.to_device(unpack_codes(words), scheme),
+            codes=codes.typed(unpack_codes(words), scheme),
             scales=jnp.asarray(np.ascontiguousarray(scales.T)),
             zeros=jnp.asarray(unpack_rows(zero_words).T.astype(np.int8)),
             bias=tensors.read_bias(source, prefix, out_features, bias),

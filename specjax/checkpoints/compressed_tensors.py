@@ -100,7 +100,7 @@ class CompressedTensorsFormat:
             unpacked = np.take(unpacked, perm, axis=1)
         table = (out_features, in_features // group_size)
         return QuantizedLinear(
-            codes=codes.to_device(unpacked, group.scheme),
+            codes=codes.typed(unpacked, group.scheme),
             scales=jnp.asarray(_read_scales(source, prefix, table, group.per_tensor)),
             zeros=_read_zeros(source, prefix, group.scheme.weights, table),
             perm=None if perm is None else jnp.asarray(perm),

@@ -100,7 +100,7 @@ class GPTQFormat:
         unpacked = codes.unpack_words(words.T, settings.bits, symmetric)
         scheme = schemes.lookup(f"w{settings.bits}a16" + ("" if symmetric else "-asym"))
         return QuantizedLinear(
-            codes=codes.to_device(
+            codes=codes.typed(
                 unpacked if perm is None else np.take(unpacked, perm, axis=1), scheme
             ),
             scales=jnp.asarray(np.ascontiguousarray(scales.T)),

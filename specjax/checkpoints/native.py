@@ -112,7 +112,7 @@ def _read_codes(source: TensorSource, name: str, scheme: Scheme, shape: tuple[in
     if spec.bits == 8:
         return jnp.asarray(tensors.read(source, name, [spec.code_dtype], shape))
     packed = tensors.read(source, name, [np.uint8], (rows, -(-columns // 2)))
-    return codes.to_device(codes.split_nibbles(packed)[:, :columns], scheme)
+    return codes.typed(codes.split_nibbles(packed)[:, :columns], scheme)
 
 
 def check_linear(linear: QuantizedLinear, prefix: str) -> None:

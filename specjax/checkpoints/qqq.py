@@ -114,7 +114,7 @@ def unpack_linear(
         scales = (channel * _KERNEL_SHIFT)[:, None]
     scheme = schemes.lookup("w4a8-qqq")
     return QuantizedLinear(
-        codes=codes.to_device(nibbles, scheme),
+        codes=codes.typed(nibbles, scheme),
         scales=jnp.asarray(scales),
         channel_scales=jnp.asarray(channel) if grouped else None,
         bias=bias,

@@ -102,7 +102,7 @@ class QServeFormat:
         )
         scheme = schemes.lookup("w4a8-qoq-s16")
         return QuantizedLinear(
-            codes=codes.to_device(_read_codes(source, rows, in_features), scheme),
+            codes=codes.typed(_read_codes(source, rows, in_features), scheme),
             scales=jnp.asarray(np.ascontiguousarray(scales.T)),
             zeros=jnp.asarray(np.ascontiguousarray(zeros.T)),
             channel_scales=jnp.asarray(_read_channel(source, rows, "s1_scales")),
@@ -118,7 +118,7 @@ def _read_w8a8(
     scales = tensors.read(source, f"{prefix}.dequant_scale", tensors.FLOATS, (out_features,))
     scheme = schemes.lookup("w8a8-s16")
     return QuantizedLinear(
-        codes=codes.to_device(weight, scheme),
+        codes=codes.typed(weight, scheme),
         scales=jnp.asarray(scales)[:, None],
         scheme=scheme,
         group_size=in_features,
@@ -128,7 +128,7 @@ def _read_w8a8(
 def _read_per_channel(source: TensorSource, rows: fused.Rows, in_features: int) -> QuantizedLinear:
     scheme = schemes.lookup("w4a8-qoq-s16")
     return QuantizedLinear(
-        codes=codes.to_device(_read_codes(source, rows, in_features), scheme),
+        codes=codes.typed(_read_codes(source, rows, in_features), scheme),
         scales=jnp.asarray(_read_channel(source, rows, "s1_scales"))[:, None],
         minima=-jnp.asarray(_read_channel(source, rows, "s1_szeros"))[:, None],
         scheme=scheme,

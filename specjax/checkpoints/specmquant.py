@@ -94,7 +94,7 @@ class SpecMQuantFormat:
         nibbles = marlin.unpack_marlin(words)[ours] ^ np.uint8(8)
         scheme = schemes.lookup("w4a16")
         return QuantizedLinear(
-            codes=codes.to_device(nibbles, scheme),
+            codes=codes.typed(nibbles, scheme),
             scales=jnp.asarray(
                 np.ascontiguousarray(marlin.restore_columns(scales, order)[:, ours].T)
             ),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -116,12 +117,21 @@ def build(
     hidden, vocab = config.hidden_size, config.vocab_size
     table = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
     embedding = nn.Embedding(jnp.asarray(table, dtype))
-    layers = [finish(build_layer(checkpoint, i, dtype)) for i in range(config.num_layers)]
+    layers = [_uploaded(finish(build_layer(checkpoint, i, dtype))) for i in range(config.num_layers)]
     model = LlamaModel(embedding, layers, build_norm(checkpoint, "model.norm", dtype))
     head = None
     if not config.tie_word_embeddings:
-        head = build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype)
+        head = _uploaded(build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype))
     return Llama(config, model, head)
+
+
+def _uploaded[Module](module: Module) -> Module:
+    """Waits, so that what is under way, and with it the memory of a load, stays within one layer."""
+
+    def upload(array):
+        return jax.device_put(array) if isinstance(array, np.ndarray) else array
+
+    return jax.block_until_ready(jax.tree.map(upload, module))
 
 
 def build_layer(checkpoint, index: int, dtype) -> nn.DecoderLayer:

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Real, Shaped
 
@@ -45,7 +46,8 @@ class QuantizedLinear:
     its leaves).
 
     Attributes:
-        codes: in the scheme's `code_dtype`; 4-bit dtypes hold two codes per byte on the device.
+        codes: in the scheme's `code_dtype`; 4-bit dtypes hold two codes per byte on the device. An importer may leave
+            them on the host.
         scales: floats as stored; for QoQ with `channel_scales` the integer second-level scales
             (int8).
         zeros: integers; subtracted from codes (`levels` "single"), or added to codes * scales (QoQ
@@ -60,7 +62,7 @@ class QuantizedLinear:
         backend: static; which implementation of the op runs it.
     """
 
-    codes: Shaped[Array, "N K"]
+    codes: Shaped[Array | np.ndarray, "N K"]
     scales: Real[Array, "N G"]
     zeros: Integer[Array, "N G"] | None = None
     minima: Float[Array, "N G"] | None = None

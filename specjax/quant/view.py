@@ -150,7 +150,9 @@ def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinea
     parts = {}
     for name in _ARRAYS_ALONG_N:
         if getattr(first, name) is not None:
-            parts[name] = jnp.concatenate([getattr(linear, name) for linear in linears])
+            arrays = [getattr(linear, name) for linear in linears]
+            on_host = all(isinstance(array, np.ndarray) for array in arrays)
+            parts[name] = (np if on_host else jnp).concatenate(arrays)
     static = dict(scheme=first.scheme, group_size=first.group_size, backend=first.backend)
     return QuantizedLinear(**parts, **static, perm=first.perm)
 
