@@ -62,7 +62,7 @@ def runtime(weight: QuantizedWeight) -> tuple[Shaped[Array, "N K"], Float[Array,
     if weight.channel_scales is not None:
         codes = _second_level(weight)
         return codes, weight.channel_scales.astype(jnp.float32)[:, None]
-    codes, scales = weight.codes, weight.scales.astype(jnp.float32)
+    codes, scales = jnp.asarray(weight.codes), weight.scales.astype(jnp.float32)
     if jnp.issubdtype(codes.dtype, jnp.integer):
         codes = codes.astype(jnp.int8)
     if weight.zeros is not None:
@@ -73,11 +73,11 @@ def runtime(weight: QuantizedWeight) -> tuple[Shaped[Array, "N K"], Float[Array,
 
 def _second_level(weight: QuantizedWeight) -> Int8[Array, "N K"]:
     if weight.levels == "qqq":
-        product = _grouped(weight.codes.astype(jnp.float32), weight.group_size)
+        product = _grouped(jnp.asarray(weight.codes).astype(jnp.float32), weight.group_size)
         product = jnp.round(product * weight.scales.astype(jnp.float32)[..., None])
         codes = jnp.clip(product, -128, 127)
     else:
-        product = _grouped(weight.codes.astype(jnp.int32), weight.group_size)
+        product = _grouped(jnp.asarray(weight.codes).astype(jnp.int32), weight.group_size)
         product = product * weight.scales.astype(jnp.int32)[..., None]
         product += weight.zeros.astype(jnp.int32)[..., None]
         codes = (product + 128) % 256 - 128
@@ -87,7 +87,7 @@ def _second_level(weight: QuantizedWeight) -> Int8[Array, "N K"]:
 def dequantize(weight: QuantizedWeight, dtype=jnp.float32) -> Float[Array, "N K"]:
     """The weight in float32, rounded once to `dtype`; columns in the order of the codes."""
     if weight.channel_scales is None:
-        values, scales = weight.codes.astype(jnp.float32), weight.scales.astype(jnp.float32)
+        values, scales = jnp.asarray(weight.codes).astype(jnp.float32), weight.scales.astype(jnp.float32)
         if weight.zeros is not None:
             values = _grouped(values, weight.group_size)
             values = values - weight.zeros.astype(jnp.float32)[..., None]
