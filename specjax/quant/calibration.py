@@ -35,14 +35,26 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
         FileNotFoundError: no such file.
         ConfigError: the file holds no text, or a row none of these fields; the row is named.
     """
+    return [tokens for tokens, _ in read_conversations(path, tokenizer)]
+
+
+def read_conversations(
+    path: Path, tokenizer: Tokenizer, field: str = "calibration_file"
+) -> list[tuple[list[int], int | None]]:
+    """Like `read_documents`, with the index of the assistant's first token; None where nobody answers.
+
+    Args:
+        field: what error messages call the file.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"calibration_file={path}: no such file")
+        raise FileNotFoundError(f"{field}={path}: no such file")
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
-        raise ConfigError(f"calibration_file={path}: is empty")
+        raise ConfigError(f"{field}={path}: is empty")
     if path.suffix not in (".json", ".jsonl"):
-        return [tokenizer.encode(text)]
-    return [_encode(row, tokenizer, f"{path}: {name}") for name, row in _rows(text, path)]
+        return [(tokenizer.encode(text), None)]
+    name = f"{field}={path}"
+    return [_encode(row, tokenizer, f"{name}: {place}") for place, row in _rows(text, path, name)]
 
 
 def windows(
@@ -72,7 +84,7 @@ def windows(
     return tokens[: (count or available) * length].reshape(-1, length)
 
 
-def _rows(text: str, path: Path) -> list[tuple[str, Any]]:
+def _rows(text: str, path: Path, file: str) -> list[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
@@ -82,26 +94,26 @@ def _rows(text: str, path: Path) -> list[tuple[str, Any]]:
         try:
             rows.append((name, json.loads(line)))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"calibration_file={path}: {name} is not JSON: {error}") from None
+            raise ConfigError(f"{file}: {name} is not JSON: {error}") from None
     if path.suffix == ".jsonl":
         return rows
     if not isinstance(rows[0][1], list):
-        raise ConfigError(f"calibration_file={path}: expected a JSON list of objects")
+        raise ConfigError(f"{file}: expected a JSON list of objects")
     return [(f"row {i}", row) for i, row in enumerate(rows[0][1], 1)]
 
 
-def _encode(row: Any, tokenizer: Tokenizer, name: str) -> list[int]:
+def _encode(row: Any, tokenizer: Tokenizer, name: str) -> tuple[list[int], int | None]:
     fields = row if isinstance(row, dict) else {}
     if isinstance(fields.get("text"), str):
-        return tokenizer.encode(fields["text"])
+        return tokenizer.encode(fields["text"]), None
     messages = _messages(fields)
     if not messages:
-        raise ConfigError(
-            f"calibration_file={name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}"
-        )
+        raise ConfigError(f"{name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}")
     # The template ends where the assistant begins to speak: its last words follow as they are.
-    said = messages.pop()["content"] if messages[-1].get("role") == "assistant" else ""
-    return tokenizer.apply_chat_template(messages) + tokenizer.encode(said, False)
+    answered = messages[-1].get("role") == "assistant"
+    said = messages.pop()["content"] if answered else ""
+    asked = tokenizer.apply_chat_template(messages)
+    return asked + tokenizer.encode(said, False), len(asked) if answered else None
 
 
 def _messages(fields: dict[str, Any]) -> list[dict[str, str]]:

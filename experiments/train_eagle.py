@@ -1,0 +1,307 @@
+"""Trains a draft head (EAGLE-1/2, EAGLE-3 or Medusa) for any target that specjax loads.
+
+    python -m experiments.train_eagle --model=smollm2-135m --text_file=text.jsonl --output=HEAD
+    python -m experiments.train_eagle --model=DIR --kind=eagle3 --prompts_file=prompts.jsonl --output=HEAD
+
+Text is best written by the target itself: with --prompts_file it first answers these prompts, in batches. The target
+then runs once over the text and its features are kept on disk; training reads them. The work folder (default: beside
+the output) holds answers, features, Orbax checkpoints and the curve; interrupted at any point and started again with
+the same flags, the run goes on. After each checkpoint the held-out examples are evaluated and the head is written to
+--output in the upstream layout, with the recipe and the curve in its training.json.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+import specjax
+from experiments import common, environment, records
+from specjax.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+# Flags that belong to the recipe: a work folder made with other values is refused.
+_RECIPE = (
+    *("model", "kind", "text_file", "prompts_file", "max_length", "max_documents", "loss_on"),
+    *("held_out", "seed"),
+    *("draft_vocab_size", "num_heads", "total_steps", "tokens_per_batch", "learning_rate"),
+    *("warmup_steps", "weight_decay", "clip_norm", "feature_noise", "unroll", "decay"),
+    *("regression_weight", "cross_entropy_weight"),
+)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags of this binary."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    string("model", None, "The target: checkpoint folder, .gguf file, model name or hub id.")
+    string("output", None, "Folder for the head; replaced after each checkpoint.")
+    string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
+    flags.DEFINE_enum(
+        *("kind", "eagle", ("eagle", "eagle3", "medusa"), "Head to train."), flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        *("text_file", [], "Text to train on (.jsonl, .json, .txt); may be repeated."),
+        flag_values=values,
+    )
+    string("prompts_file", None, "Prompts that the target answers first (as experiments.generate).")
+    integer("max_new_tokens", 512, "Longest answer to a prompt.", lower_bound=8)
+    number("temperature", 0.7, "Of the answers.", lower_bound=0.0)
+    integer("batch_size", 8, "Prompts that are answered together.", lower_bound=1)
+    integer("max_length", 1024, "Longer documents are cut.", lower_bound=8)
+    flags.DEFINE_enum(
+        *("loss_on", "response", ("all", "response"), "Which tokens count."), flag_values=values
+    )
+    integer("max_documents", None, "Take so many documents, chosen by the seed.", lower_bound=3)
+    integer("held_out", 32, "Documents set aside for evaluation.", lower_bound=1)
+    integer("seed", 0, "Of initial values, order and noise.")
+    integer(
+        *("draft_vocab_size", None),
+        "Most frequent tokens of the text that the loss is taken over, and EAGLE-3 drafts from. Default: all; for "
+        "eagle3 at most 32000.",
+        lower_bound=2,
+    )
+    integer("num_heads", 4, "Medusa heads.", lower_bound=1)
+    integer("total_steps", 2000, "Optimizer steps.", lower_bound=1)
+    integer("tokens_per_batch", 4096, "Padding included.", lower_bound=128)
+    integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
+    number("learning_rate", None, "Peak. Default: 3e-4; medusa 1e-3.", lower_bound=0.0)
+    integer("warmup_steps", 100, "Linear warm-up.", lower_bound=0)
+    number("weight_decay", 0.0, "AdamW's.", lower_bound=0.0)
+    number("clip_norm", 0.5, "Bound of the gradient's norm.", lower_bound=0.0)
+    number(
+        "feature_noise",
+        None,
+        "Width of the noise. Default: 0.2 for eagle, else 0.",
+        lower_bound=0.0,
+    )
+    integer("unroll", None, "Drafting steps in the loss. Default: 1; eagle3 5.", lower_bound=1)
+    number("decay", None, "Weight of a step (or head) over the one before. Default: 0.8; medusa 1.")
+    number("regression_weight", None, "Smooth L1 of features. Default: 1 for eagle, else 0.")
+    number("cross_entropy_weight", None, "Soft cross-entropy. Default: 0.1 for eagle, else 1.")
+    flags.DEFINE_boolean("overwrite", False, "Replace --output of another run.", flag_values=values)
+    flags.mark_flags_as_required(["model", "output"], flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Trains up to --total_steps."""
+    _check(values)
+    output = Path(values.output)
+    work = Path(values.work_dir or f"{values.output}.work")
+    _claim(work, output, values)
+    model = specjax.load(values.model)
+    if model.tokenizer is None:
+        raise ConfigError(f"{values.model} has no tokenizer files, which the text needs")
+    run = _Run(values, model, work, output)
+    run.features()
+    run.train()
+    print(json.dumps(run.curve[-1] if run.curve else {}, indent=1))
+
+
+def _check(values: flags.FlagValues) -> None:
+    if not values.text_file and values.prompts_file is None:
+        raise ConfigError("give --text_file, --prompts_file, or both")
+    for name in [*values.text_file, *([values.prompts_file] if values.prompts_file else [])]:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{name}: no such file")
+
+
+def _claim(work: Path, output: Path, values: flags.FlagValues) -> None:
+    """Makes the work folder this run's, or finds that it is."""
+    recipe = {name: values[name].value for name in _RECIPE}
+    marker = work / "recipe.json"
+    if marker.is_file():
+        known = json.loads(marker.read_text())
+        for name, value in recipe.items():
+            if known.get(name) != value:
+                raise ConfigError(
+                    f"{work} belongs to a run with --{name}={known.get(name)!r}, not {value!r}; "
+                    "use its flags, or another --work_dir"
+                )
+        return
+    if output.exists() and any(output.iterdir()) and not values.overwrite:
+        raise ConfigError(f"{output} exists; choose another --output or pass --overwrite")
+    work.mkdir(parents=True, exist_ok=True)
+    with records.atomic(marker) as temporary:
+        temporary.write_text(json.dumps(recipe, indent=1))
+
+
+class _Run:
+    """One training run: text, features, trainer, curve."""
+
+    def __init__(self, values: flags.FlagValues, model, work: Path, output: Path):
+        from specjax.training import features, text
+
+        self._values, self._model, self._work, self._output = values, model, work, output
+        target = model.module
+        files = [Path(name) for name in values.text_file]
+        limits = {"max_length": values.max_length, "loss_on": values.loss_on}
+        examples = [e for file in files for e in text.read(file, model.tokenizer, **limits)]
+        if values.prompts_file:
+            files.append(_answers(values, model, work))
+            examples += text.read_answers(files[-1], **limits)
+        self._examples, self._held_out = text.split(
+            examples, values.held_out, values.seed, values.max_documents
+        )
+        size = values.draft_vocab_size or (32000 if values.kind == "eagle3" else None)
+        size = min(size or model.config.vocab_size, model.config.vocab_size)
+        self._ids = text.frequent_tokens(self._examples, model.config.vocab_size, size)
+        self._head, self._loss, needs = _new_head(values, target, self._ids)
+        fingerprint = {"model": values.model, "needs": str(needs), "files": _digests(files)}
+        fingerprint |= {
+            name: values[name].value for name in ("max_length", "max_documents", "seed", "held_out")
+        }
+        self._stores = [
+            features.FeatureStore(work / name, rows, model.config, needs, fingerprint)
+            for name, rows in (("features", self._examples), ("held_out", self._held_out))
+        ]
+        self.curve = []
+
+    def features(self) -> None:
+        """Runs the target over the text."""
+        pairs = list(zip(self._stores, (self._examples, self._held_out), strict=True))
+        total = sum(len(e.tokens) for _, examples in pairs for e in examples)
+        with tqdm(total=total, unit="tok", desc="features") as bar:
+            for store, _ in pairs:
+                store.compute(self._model.module, self._values.tokens_per_batch, bar.update)
+
+    def train(self) -> None:
+        """Trains, evaluates and exports."""
+        from specjax.training import batches, loop, losses
+
+        values, target = self._values, self._model.module
+        vocab = losses.vocabulary(target, self._ids)
+        weights = _weights(values)
+        trainer = loop.Trainer(
+            self._head, self._loss, weights, _settings(values), self._work / "checkpoints"
+        )
+        self.curve = [row for row in _read_curve(self._work) if row["step"] <= trainer.step]
+        plans = [
+            batches.plan([len(e.tokens) for e in rows], values.tokens_per_batch)
+            for rows in (self._examples, self._held_out)
+        ]
+        bar = tqdm(total=values.total_steps, initial=trainer.step, unit="step", desc="training")
+        last = {}
+
+        def report(step, epoch, measured):
+            last.update(measured, epoch=epoch)
+            bar.update()
+            if step % 10 == 0:
+                shown = loop.summary(measured)["agreement"][0]
+                bar.set_postfix(loss=f"{float(measured['loss']):.3f}", top1=f"{shown:.3f}")
+
+        def saved():
+            held_out = trainer.evaluate(target, vocab, self._held_out, self._stores[1], plans[1])
+            row = {"step": trainer.step, "epoch": last["epoch"], "loss": float(last["loss"])}
+            row |= {"train": loop.summary(last), "held_out": loop.summary(held_out)}
+            self.curve.append(row)
+            (self._work / "curve.jsonl").write_text(
+                "".join(json.dumps(r) + "\n" for r in self.curve)
+            )
+            tqdm.write(json.dumps(row))
+            self._export(trainer.head())
+
+        with bar:
+            trainer.run(target, vocab, self._examples, self._stores[0], plans[0], report, saved)
+
+    def _export(self, head) -> None:
+        from specjax.training import export
+
+        values = self._values
+        recipe = {name: values[name].value for name in _RECIPE}
+        recipe["text_file"] = [Path(name).name for name in values.text_file]
+        recipe["prompts_file"] = values.prompts_file and Path(values.prompts_file).name
+        tokens = sum(len(example.tokens) for example in self._examples)
+        facts = {"recipe": recipe, "documents": len(self._examples), "tokens": tokens}
+        facts |= {"curve": self.curve, "environment": environment.record()}
+        reduced = values.kind == "eagle" and len(self._ids) < self._model.config.vocab_size
+        vocabulary = self._ids if reduced else None
+        export.write(head, self._output, vocabulary=vocabulary, facts=facts, overwrite=True)
+
+
+def _new_head(values: flags.FlagValues, target, ids: np.ndarray):
+    """(untrained head, its loss, what it needs of the target)."""
+    from specjax.training import initial, losses
+
+    key = jax.random.key(values.seed)
+    if values.kind == "medusa":
+        return initial.medusa_heads(target, values.num_heads), losses.medusa, "final"
+    if values.kind == "eagle":
+        return initial.eagle_head(target, key), losses.unrolled, "final"
+    head = initial.eagle3_head(target, key, jnp.asarray(ids))
+    return head, losses.unrolled, head.needs
+
+
+def _default(value, otherwise):
+    return otherwise if value is None else value
+
+
+def _weights(values: flags.FlagValues):
+    from specjax.training import losses
+
+    eagle = values.kind == "eagle"
+    return losses.Weights(
+        steps=_default(values.unroll, 5 if values.kind == "eagle3" else 1),
+        regression=_default(values.regression_weight, 1.0 if eagle else 0.0),
+        cross_entropy=_default(values.cross_entropy_weight, 0.1 if eagle else 1.0),
+        decay=_default(values.decay, 1.0 if values.kind == "medusa" else 0.8),
+    )
+
+
+def _settings(values: flags.FlagValues):
+    from specjax.training import loop
+
+    return loop.Settings(
+        total_steps=values.total_steps,
+        learning_rate=_default(values.learning_rate, 1e-3 if values.kind == "medusa" else 3e-4),
+        warmup_steps=values.warmup_steps,
+        weight_decay=values.weight_decay,
+        clip_norm=values.clip_norm,
+        feature_noise=_default(values.feature_noise, 0.2 if values.kind == "eagle" else 0.0),
+        seed=values.seed,
+        save_every=values.save_every,
+    )
+
+
+def _answers(values: flags.FlagValues, model, work: Path) -> Path:
+    """The target's answers to the prompts, appended to a file in the work folder as they come."""
+    path = work / "answers.jsonl"
+    prompts = records.read_prompts(values.prompts_file)
+    results = records.Records(path, False)
+    done = {row["id"] for row in results.rows}
+    options = {"max_new_tokens": values.max_new_tokens, "temperature": values.temperature}
+    missing = [prompt for prompt in prompts if prompt["id"] not in done]
+    with results, tqdm(total=len(prompts), initial=len(done), unit="prompt", desc="answers") as bar:
+        for begin in range(0, len(missing), values.batch_size):
+            rows = missing[begin : begin + values.batch_size]
+            asked = [row["row"] | {"id": row["id"]} for row in rows]
+            answers = model.generate(
+                asked, batch_size=values.batch_size, seed=values.seed, **options
+            )
+            for row, answer in zip(rows, answers, strict=True):
+                fields = {"id": row["id"], "tokens": [*answer.input_ids, *answer.output_ids]}
+                results.append(fields | {"response": len(answer.input_ids)})
+                bar.update()
+    return path
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _read_curve(work: Path) -> list[dict]:
+    path = work / "curve.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    common.run(define_flags, main)

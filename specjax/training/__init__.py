@@ -1,0 +1,1 @@
+"""Training draft heads: text, cached target features, losses, the resumable loop, export in upstream layouts."""
