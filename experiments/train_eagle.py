@@ -10,6 +10,7 @@ the same flags, the run goes on. After each checkpoint the held-out examples are
 --output in the upstream layout, with the recipe and the curve in its training.json.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -23,14 +24,24 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, records
+from experiments import common, environment, own_text, records
+from specjax import draft_vocabulary
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 # Flags that belong to the recipe: a work folder made with other values is refused.
 _RECIPE = (
-    *("model", "kind", "text_file", "prompts_file", "max_length", "max_documents", "loss_on"),
+    *(
+        "model",
+        "kind",
+        "text_file",
+        "prompts_file",
+        "self_prompts",
+        "max_length",
+        "max_documents",
+        "loss_on",
+    ),
     *("held_out", "seed"),
     *("draft_vocab_size", "num_heads", "total_steps", "tokens_per_batch", "learning_rate"),
     *("warmup_steps", "weight_decay", "clip_norm", "feature_noise", "unroll", "decay"),
@@ -54,6 +65,11 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     string("prompts_file", None, "Prompts that the target answers first (as experiments.generate).")
+    integer(
+        *("self_prompts", None),
+        "Let the target write so many prompts itself first (as Magpie, arXiv 2406.08464), and answer them.",
+        lower_bound=1,
+    )
     integer("max_new_tokens", 512, "Longest answer to a prompt.", lower_bound=8)
     number("temperature", 0.7, "Of the answers.", lower_bound=0.0)
     integer("batch_size", 8, "Prompts that are answered together.", lower_bound=1)
@@ -108,8 +124,10 @@ def main(values: flags.FlagValues) -> None:
 
 
 def _check(values: flags.FlagValues) -> None:
-    if not values.text_file and values.prompts_file is None:
-        raise ConfigError("give --text_file, --prompts_file, or both")
+    if not values.text_file and values.prompts_file is None and values.self_prompts is None:
+        raise ConfigError("give --text_file, --prompts_file or --self_prompts")
+    if values.prompts_file is not None and values.self_prompts is not None:
+        raise ConfigError("--prompts_file and --self_prompts exclude each other")
     for name in [*values.text_file, *([values.prompts_file] if values.prompts_file else [])]:
         if not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such file")
@@ -146,15 +164,19 @@ class _Run:
         files = [Path(name) for name in values.text_file]
         limits = {"max_length": values.max_length, "loss_on": values.loss_on}
         examples = [e for file in files for e in text.read(file, model.tokenizer, **limits)]
-        if values.prompts_file:
-            files.append(_answers(values, model, work))
+        prompts = values.prompts_file and Path(values.prompts_file)
+        if values.self_prompts is not None:
+            prompts = own_text.prompts(values, model, work)
+        if prompts:
+            files.append(own_text.answers(values, model, prompts, work))
             examples += text.read_answers(files[-1], **limits)
         self._examples, self._held_out = text.split(
             examples, values.held_out, values.seed, values.max_documents
         )
-        size = values.draft_vocab_size or (32000 if values.kind == "eagle3" else None)
-        size = min(size or model.config.vocab_size, model.config.vocab_size)
-        self._ids = text.frequent_tokens(self._examples, model.config.vocab_size, size)
+        self._ranking = _ranking(values, self._examples, model, files)
+        self._ids = np.arange(model.config.vocab_size)
+        if self._ranking is not None:
+            self._ids = self._ranking.first(None, model.config.eos_token_ids)
         self._head, self._loss, needs = _new_head(values, target, self._ids)
         fingerprint = {"model": values.model, "needs": str(needs), "files": _digests(files)}
         fingerprint |= {
@@ -223,9 +245,21 @@ class _Run:
         tokens = sum(len(example.tokens) for example in self._examples)
         facts = {"recipe": recipe, "documents": len(self._examples), "tokens": tokens}
         facts |= {"curve": self.curve, "environment": environment.record()}
-        reduced = values.kind == "eagle" and len(self._ids) < self._model.config.vocab_size
-        vocabulary = self._ids if reduced else None
-        export.write(head, self._output, vocabulary=vocabulary, facts=facts, overwrite=True)
+        ranking = self._ranking if values.kind == "eagle" else None
+        export.write(head, self._output, ranking=ranking, facts=facts, overwrite=True)
+
+
+def _ranking(values: flags.FlagValues, examples, model, files: list[Path]):
+    """The most frequent tokens of the text, as many as the draft vocabulary has; None for all tokens."""
+    size = values.draft_vocab_size or (32000 if values.kind == "eagle3" else None)
+    if size is None:
+        return None
+    documents = [example.tokens[example.response :] for example in examples]
+    names = ", ".join(file.name for file in files)
+    ranking = draft_vocabulary.from_documents(documents, model, names)
+    return dataclasses.replace(
+        ranking, token_ids=ranking.token_ids[:size], coverage=ranking.coverage[:size]
+    )
 
 
 def _new_head(values: flags.FlagValues, target, ids: np.ndarray):
@@ -270,28 +304,6 @@ def _settings(values: flags.FlagValues):
         seed=values.seed,
         save_every=values.save_every,
     )
-
-
-def _answers(values: flags.FlagValues, model, work: Path) -> Path:
-    """The target's answers to the prompts, appended to a file in the work folder as they come."""
-    path = work / "answers.jsonl"
-    prompts = records.read_prompts(values.prompts_file)
-    results = records.Records(path, False)
-    done = {row["id"] for row in results.rows}
-    options = {"max_new_tokens": values.max_new_tokens, "temperature": values.temperature}
-    missing = [prompt for prompt in prompts if prompt["id"] not in done]
-    with results, tqdm(total=len(prompts), initial=len(done), unit="prompt", desc="answers") as bar:
-        for begin in range(0, len(missing), values.batch_size):
-            rows = missing[begin : begin + values.batch_size]
-            asked = [row["row"] | {"id": row["id"]} for row in rows]
-            answers = model.generate(
-                asked, batch_size=values.batch_size, seed=values.seed, **options
-            )
-            for row, answer in zip(rows, answers, strict=True):
-                fields = {"id": row["id"], "tokens": [*answer.input_ids, *answer.output_ids]}
-                results.append(fields | {"response": len(answer.input_ids)})
-                bar.update()
-    return path
 
 
 def _digests(files: list[Path]) -> dict[str, str]:

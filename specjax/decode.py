@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 from specjax import cache as kv
 from specjax import sampling as sample
 from specjax import target as target_pass
+from specjax import trace as tracing
 from specjax import tree as trees
 from specjax.drafters.base import Chunk, Drafter
 from specjax.models.llama import Llama
@@ -42,6 +43,7 @@ class DecodeState:
         num_spec_steps: steps so far (the token that prefill yields is not one).
         num_draft_tokens: drafted tokens so far, roots excluded.
         acceptance_histogram: steps by number of accepted drafts (bonus excluded), before cutting at a stop token.
+        trace: record of every step, or None where none is kept.
     """
 
     cache: kv.KVCache
@@ -57,12 +59,18 @@ class DecodeState:
     num_spec_steps: Int[Array, "B"]
     num_draft_tokens: Int[Array, "B"]
     acceptance_histogram: Int[Array, "B P"]
+    trace: tracing.Trace | None = None
 
 
 def init_state(
-    target: Llama, drafter: Drafter, batch: int, capacity: int, max_new_tokens: int
+    target: Llama,
+    drafter: Drafter,
+    batch: int,
+    capacity: int,
+    max_new_tokens: int,
+    trace: bool = False,
 ) -> DecodeState:
-    """An idle batch: all slots done, caches empty, room for `max_new_tokens` tokens each."""
+    """An idle batch: all slots done, caches empty, room for `max_new_tokens` tokens each; `trace` keeps a record."""
     path_rows = drafter.max_depth + 1
 
     def zeros(*shape):
@@ -82,6 +90,7 @@ def init_state(
         num_spec_steps=zeros(),
         num_draft_tokens=zeros(),
         acceptance_histogram=zeros(path_rows),
+        trace=tracing.init(batch, max_new_tokens, drafter.num_nodes, path_rows) if trace else None,
     )
 
 
@@ -168,6 +177,9 @@ def step(
             running = replace(running, features=rows)
         draft = drafter.commit(target, proposal.state, state.lengths, running)
     state = replace(state, cache=cache, draft=draft)
+    if state.trace is not None:
+        kept = tracing.record(state.trace, state.num_spec_steps, tree, running)
+        state = replace(state, trace=kept)
     return _emit(state, running, trees.num_draft_tokens(tree), stop_ids)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from specjax import decode as decoding
 from specjax import sampling as sample
+from specjax import target as target_pass
+from specjax import trace as tracing
 from specjax.decode import DecodeState
 from specjax.drafters.base import Chunk, Drafter
 from specjax.errors import CapacityError
@@ -101,7 +103,8 @@ class Programs:
         self.prefill = Program(decoding.prefill_chunk, donate=("state",))
         self.decode = Program(decoding.decode, donate=("state",), static=("acceptor",))
         self.insert = Program(decoding.insert, donate=("batch",))
-        self.init = Program(decoding.init_state, static=("batch", "capacity", "max_new_tokens"))
+        sizes = ("batch", "capacity", "max_new_tokens", "trace")
+        self.init = Program(decoding.init_state, static=sizes)
 
     def _all(self) -> tuple[Program, ...]:
         return self.prefill, self.decode, self.insert, self.init
@@ -128,6 +131,7 @@ class Engine:
         stop_ids: token ids that end a request.
         seed: seed of all random streams.
         programs: executables to reuse.
+        trace: record every step (see `specjax.trace`) in the metrics.
     """
 
     def __init__(
@@ -139,11 +143,12 @@ class Engine:
         stop_ids: Sequence[int] = (),
         seed: int = 0,
         programs: Programs | None = None,
+        trace: bool = False,
     ):
         self.target, self.drafter, self.acceptor = target, drafter, acceptor
         self.sampling, self.seed = sampling, seed
         self.stop_ids = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
-        self.programs = programs or Programs()
+        self.programs, self.trace = programs or Programs(), trace
 
     def plan(self, requests: Sequence[Request]) -> tuple[int, int]:
         """Cache capacity and output buffer that hold all `requests`, in buckets.
@@ -168,7 +173,7 @@ class Engine:
                     "shorten the prompt or lower max_new_tokens"
                 )
         new_tokens = bucket(max(request.max_new_tokens for request in requests))
-        room = self.drafter.max_depth + 1 + self.drafter.scratch
+        room = self.drafter.max_depth + 1 + target_pass.padded_nodes(self.drafter.scratch)
         # Of the buckets, not of the lengths themselves: prompts of one bucket must find the same shapes.
         longest = max(_padded(len(r.input_ids)) for r in requests) + new_tokens + room
         return bucket(longest), new_tokens
@@ -229,6 +234,7 @@ class Engine:
             batch=size,
             capacity=capacity,
             max_new_tokens=new_tokens,
+            trace=self.trace,
         )
         state = replace(
             state,
@@ -313,8 +319,10 @@ class Engine:
 
     def _complete(self, state, index, slot, output, stopped, batch_size) -> Completion:
         """Reads the counters of one finished request."""
+        num_steps = int(state.num_spec_steps[index])
+        kept = None if state.trace is None else tracing.steps(state.trace, index, num_steps)
         metrics = Metrics(
-            num_spec_steps=int(state.num_spec_steps[index]),
+            num_spec_steps=num_steps,
             num_draft_tokens=int(state.num_draft_tokens[index]),
             acceptance_histogram=tuple(np.asarray(state.acceptance_histogram[index]).tolist()),
             prefill_ms=slot.prefill_ms,
@@ -322,6 +330,8 @@ class Engine:
             compile_ms=self.programs.compile_ms - self._compiled_before,
             batch_size=batch_size,
             new_tokens=len(output),
+            lossless=self.acceptor.lossless,
+            trace=kept,
         )
         return Completion(request=slot.request, output_ids=output, stopped=stopped, metrics=metrics)
 

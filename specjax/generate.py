@@ -1,11 +1,12 @@
 """Text in, text out: `LanguageModel.generate` and `.stream`, as people use a model."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specjax import engine as engines
 from specjax import sampling as sample
+from specjax import trace as tracing
 from specjax import verify
 from specjax.config import ModelConfig
 from specjax.drafters import registry
@@ -15,6 +16,7 @@ from specjax.errors import CapacityError, ConfigError
 from specjax.metrics import Metrics
 from specjax.models.llama import Llama
 from specjax.stopping import StopStrings
+from specjax.verify import Acceptor
 
 # A user turn as text, token ids, or a row with input_ids, messages, text (raw) or prompt (user turn), in that order.
 Prompt = str | Sequence[int] | dict[str, Any]
@@ -78,8 +80,9 @@ class Options:
         stop: string or strings that end a text; they are cut off.
         seed: seed of all random choices; same seed, drafter and request ids give the same tokens.
         batch_size: requests that run together; finished ones are replaced from the queue.
-        acceptance: "auto", or a name from `specjax.verify.ACCEPTORS`.
+        acceptance: "lossless", the lossy "typical" or "relaxed", or a rule itself; see `specjax.verify`.
         ignore_eos: do not stop at the model's stop tokens.
+        trace: record what every step drafted, accepted and added, in the results' metrics.
     """
 
     max_new_tokens: int = 128
@@ -90,8 +93,9 @@ class Options:
     stop: str | Sequence[str] = ()
     seed: int = 0
     batch_size: int = 1
-    acceptance: str = "auto"
+    acceptance: str | Acceptor = "lossless"
     ignore_eos: bool = False
+    trace: bool = False
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -273,25 +277,31 @@ class LanguageModel:
 
     def _engine(self, drafter: registry.Spec, options: Options) -> Engine:
         sampling = sample.sampling(options.temperature, options.top_k, options.top_p)
+        acceptor = verify.acceptor(options.acceptance, sampling.greedy)
         return engines.Engine(
             self.module,
             self.drafter(drafter),
-            verify.acceptor(options.acceptance, sampling.greedy),
-            sampling,
+            acceptor,
+            replace(sampling, with_q=acceptor.reads_q),
             stop_ids=() if options.ignore_eos else self.config.eos_token_ids,
             seed=options.seed,
             programs=self.programs,
+            trace=options.trace,
         )
 
     def _result(self, name, done: Completion, stops: StopStrings | None) -> GenerationResult:
         text = self.decode(done.output_ids)
+        metrics = done.metrics
+        if metrics.trace is not None and self.tokenizer is not None:
+            pieces = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False)
+            metrics = replace(metrics, trace=tracing.with_text(metrics.trace, pieces))
         return GenerationResult(
             id=name,
             input_ids=list(done.request.input_ids),
             output_ids=done.output_ids,
             text=text if stops is None or text is None else stops.cut(text),
             finish_reason="stop" if done.stopped else "length",
-            metrics=done.metrics,
+            metrics=metrics,
         )
 
 

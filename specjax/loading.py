@@ -12,6 +12,8 @@ from specjax.errors import ConfigError
 from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.prepare import Dequantize, Preparation
+from specjax.quant import quantize as quantizing
+from specjax.quant import recipe as recipes
 from specjax.quant import rotate, view
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,6 +24,7 @@ def load(
     *,
     dtype: str | None = None,
     scheme: str | None = None,
+    quantize: str | None = None,
     backend: str = "auto",
     dequantize: Dequantize = "auto",
     chat_template: str | None = None,
@@ -35,6 +38,8 @@ def load(
             "org/name".
         dtype: compute dtype; default: float32 on CPUs (which emulate the others), else what the checkpoint states.
         scheme: activation scheme to run the checkpoint's codes under, e.g. "w4a8" for W4A16 codes.
+        quantize: scheme to round the layers' linears to while loading (to nearest, of the decoded weights if they are
+            quantized already; `specjax.convert` has better methods).
         backend: kernels; see `specjax.pallas.dispatch`.
         dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes; "auto" decides by backend.
         chat_template: a Jinja chat template to use instead of the model's own.
@@ -52,6 +57,7 @@ def load(
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
     preparation = Preparation(backend, dequantize, jnp.dtype(dtype))
+    recipe = None if quantize is None else recipes.at_load(quantize, checkpoint.config)
     has_codes = False
     bar = tqdm(
         total=checkpoint.config.num_layers, desc="loading", unit="layer", disable=not progress
@@ -59,6 +65,8 @@ def load(
 
     def finish(layer):
         nonlocal has_codes
+        if recipe is not None:
+            layer = quantizing.round_layer(layer, recipe, f"model.layers.{bar.n}")
         if scheme is not None and view.quantized_linears(layer):
             layer, has_codes = view.with_scheme(layer, scheme), True
         if qserve_layernorm:

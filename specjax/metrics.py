@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specjax.trace import Step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
@@ -19,6 +21,8 @@ class Metrics:
         compile_ms: time spent compiling for the call that served this request.
         batch_size: sequences that shared the steps.
         new_tokens: tokens returned, a stop token included.
+        lossless: whether the acceptance rule keeps the target's output.
+        trace: every step (see `specjax.trace.Step`), where a record was asked for.
     """
 
     num_spec_steps: int
@@ -29,6 +33,8 @@ class Metrics:
     compile_ms: float
     batch_size: int
     new_tokens: int
+    lossless: bool = True
+    trace: tuple[Step, ...] | None = None
 
     @property
     def num_accepted_draft_tokens(self) -> int:
@@ -57,7 +63,7 @@ class Metrics:
 
     def to_dict(self) -> dict:
         """JSON-ready fields, the derived ones included."""
-        return {
+        fields = {
             "new_tokens": self.new_tokens,
             "num_spec_steps": self.num_spec_steps,
             "num_draft_tokens": self.num_draft_tokens,
@@ -70,4 +76,8 @@ class Metrics:
             "compile_ms": self.compile_ms,
             "tokens_per_s": self.tokens_per_s,
             "batch_size": self.batch_size,
+            "lossless": self.lossless,
         }
+        if self.trace is not None:
+            fields["trace"] = [step.to_dict() for step in self.trace]
+        return fields

@@ -25,6 +25,7 @@ class Sampling:
         top_p: scalar in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept.
         greedy: static; take the most likely token.
         filtered: static; whether top_k or top_p does anything (skips a sort of the vocabulary otherwise).
+        with_q: static; language models that draft greedily tell their distributions all the same.
     """
 
     temperature: Float[Array, ""]
@@ -32,6 +33,7 @@ class Sampling:
     top_p: Float[Array, ""]
     greedy: bool = field(metadata={"static": True})
     filtered: bool = field(metadata={"static": True})
+    with_q: bool = field(default=False, metadata={"static": True})
 
 
 def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:

@@ -144,7 +144,11 @@ class Tokenizer:
         return StreamDecoder(self._backend, skip_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins to speak.
+        """Token ids of a conversation, up to where the assistant begins to speak; see `render_chat`."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Text of a conversation, up to where the assistant begins to speak, special tokens written out.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} in order.
@@ -161,7 +165,7 @@ class Tokenizer:
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=self.chat_template,
                 tokenize=False,
@@ -169,11 +173,16 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(f"the chat template of {self.source} failed: {error}") from error
-        return self.encode(text, add_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template into a folder."""
         self._tokenizer.save_pretrained(folder)
+
+    def merges(self) -> tuple[dict[str, int], list[str]]:
+        """The vocabulary, and what each merge of byte-pair encoding makes, in order; empty for other kinds."""
+        model = json.loads(self._backend.to_str())["model"]
+        pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges", ())]
+        return self._backend.get_vocab(with_added_tokens=True), ["".join(pair) for pair in pairs]
 
     def digest(self) -> str:
         """SHA-256 over the (id, token) pairs: equal where ids mean the same tokens."""

@@ -1,7 +1,6 @@
 """What every drafter promises to the loop: shapes that stay, rows that idle, scratch, and rollback."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -16,15 +15,6 @@ from specjax import target as target_pass
 from specjax import verify
 from specjax.drafters import registry
 from specjax.drafters.base import Chunk
-from specjax.drafters.eagle import eagle
-from specjax.drafters.hierarchical import Hierarchical
-from specjax.drafters.lm import LM
-from specjax.drafters.medusa import default_choices, medusa
-from specjax.drafters.ngram import Ngram
-from specjax.drafters.none import NoDraft
-from specjax.drafters.self_draft import SelfDraft
-from specjax.models import eagle3
-from specjax.models import medusa as medusa_heads
 from specjax.verify.base import Verified
 from tests import planned, tiny
 
@@ -42,49 +32,20 @@ def target():
     return tiny.model(CONFIG)
 
 
-def draft_model(scale: float = 0.1):
-    return tiny.noisy(target(), scale)
+@functools.cache
+def parts():
+    return tiny.Parts(target(), noise=0.1)
 
 
-def eagle3_head():
-    return eagle3.build(
-        tiny.RandomCheckpoint(CONFIG, 5),
-        jnp.float32,
-        layer_ids=(0,),
-        target_width=CONFIG.hidden_size,
-        num_drafts=CONFIG.vocab_size,
-    )
-
-
-def medusa_drafter():
-    heads = medusa_heads.build(tiny.RandomCheckpoint(CONFIG, 6), CONFIG, 3, jnp.float32)
-    return medusa(heads, default_choices(3, num_nodes=8, topk=3))
-
-
-def nested():
-    inner = Hierarchical(model=draft_model(0.2), inner=Ngram(draft_depth=2), min_draft_depth=2)
-    return Hierarchical(model=draft_model(), inner=inner, min_draft_depth=3)
-
-
-DRAFTERS: dict[str, Callable] = {
-    "none": NoDraft,
-    "ngram": lambda: Ngram(draft_depth=4, ngram_max=3, ngram_min=1),
-    "lm": lambda: LM(model=draft_model(), draft_depth=3),
-    "self": lambda: SelfDraft(draft_depth=3),
-    "eagle": lambda: eagle(tiny.head(CONFIG), draft_depth=3, topk=2, num_nodes=8),
-    "eagle3": lambda: eagle(eagle3_head(), draft_depth=3, topk=2, num_nodes=8),
-    "medusa": medusa_drafter,
-    "hierarchical": lambda: Hierarchical(
-        model=draft_model(), inner=eagle(tiny.head(CONFIG), 2, 2, 5), min_draft_depth=3
-    ),
-    "nested": nested,
-    "planned-tree": lambda: planned.planned([[0]], [1], planned.TREE, CONFIG.vocab_size),
+PLANNED = {
+    "planned-tree": lambda parts: planned.planned([[0]], [1], planned.TREE, CONFIG.vocab_size),
 }
+DRAFTERS = tiny.DRAFTERS | PLANNED
 
 
 @functools.cache
 def build(name: str):
-    return DRAFTERS[name]()
+    return DRAFTERS[name](parts())
 
 
 def padded(texts) -> np.ndarray:
@@ -131,7 +92,7 @@ def test_states_keep_structure_shapes_and_dtypes(name, sampling):
         logits, features, _, tree = target_pass.forward_tree(
             model, proposal.tree, proposal.cache, state.lengths, drafter.needs
         )
-        rule = verify.acceptor("auto", sampling.greedy)
+        rule = verify.acceptor("lossless", sampling.greedy)
         verified = rule(tree, proposal.q, logits, state.keys, sampling)
         if features is not None:
             rows = jnp.take_along_axis(features, verified.path[..., None], axis=1)
@@ -204,8 +165,9 @@ def walk(name: str) -> list[decoding.DecodeState]:
 
 
 # What holds no state of its own, and what another one stands for, runs with the slow tests.
+SLOW = ("self", "eagle3", "eagle-reduced", "nested")
 BEHAVIOURS = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("self", "eagle3", "nested") else ())
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
     for name in DRAFTERS
     if name != "none"
 ]

@@ -16,21 +16,29 @@ from jax import lax
 from safetensors.numpy import load_file
 
 from specjax import cache as kv
+from specjax import checkpoints, verify
 from specjax import decode as decoding
 from specjax import sampling as sample
 from specjax import tree as trees
-from specjax import verify
+from specjax.checkpoints import heads
 from specjax.drafters.base import Chunk
 from specjax.drafters.eagle import eagle
-from specjax.models import layers
+from specjax.models import layers, llama
+from specjax.quant import heads as rotated_heads
+from specjax.quant import rotate, rotation
 from specjax.tree import Tree
 from tests import paths, planned, tiny
 
 MARGIN = 2e-4
 PROMPTS, ROUNDS, CAPACITY = 6, 5, 192
-TARGETS = {"eagle2-tiny": "tiny-fp16", "eagle3-tiny": "tiny8-fp16"}
+TARGETS = {
+    "eagle2-tiny": "tiny-fp16",
+    "eagle3-tiny": "tiny8-fp16",
+    "rotation-eagle2-tiny": "rotation-tiny",
+}
 SETTINGS = ("d5k10n60", "d6k10n60", "d3k4n12", "d6k2n14", "d5k1n6")
-FAST = {*(("eagle2-tiny", name) for name in SETTINGS), ("eagle3-tiny", "d3k4n12")}
+FAST = {*(("eagle2-tiny", name) for name in SETTINGS)}
+FAST |= {("eagle3-tiny", "d3k4n12"), ("rotation-eagle2-tiny", "d3k4n12")}
 
 
 @functools.cache
@@ -178,3 +186,33 @@ def test_head_computes_upstreams_features(head):
     found, _ = jax.jit(lambda f: network(network.fuse(f), block, cache, target))(features)
     expected = data["p0.d3k4n12.r0.head_out_prefill"]
     assert np.abs(np.asarray(found)[0] - expected).max() < 1e-4
+
+
+def test_rotated_head_computes_the_plain_heads_logits(tmp_path):
+    """The rotation is applied to float32 weights; with the stored fp16 ones upstream's own golden holds (above)."""
+    checkpoint = checkpoints.open_checkpoint(paths.fixture("tiny-fp16"))
+    turn = rotation.load(paths.fixture("rotation-tiny") / "rotation.pth")
+    folder = rotated_heads.rotate_head(
+        paths.fixture("eagle2-tiny"), checkpoint, turn, tmp_path / "head"
+    )
+    plain = llama.build(checkpoint, jnp.float32)
+    turned = rotate.rotate(plain, turn)
+    pairs = [
+        (plain, heads.load_eagle(paths.fixture("eagle2-tiny"), plain, "plain")),
+        (turned, heads.load_eagle(folder, turned, "rotated")),
+    ]
+    text = jnp.asarray(tiny.prompts()[2], jnp.int32)[None]
+    start = jnp.zeros((1,), jnp.int32)
+
+    @jax.jit
+    def logits(target, network):
+        empty = kv.init(target.config, 1, text.shape[1], jnp.float32)
+        features = target(layers.causal_block(text[:, :-1], start), empty).hidden
+        empty = kv.init(network.config, 1, text.shape[1], jnp.float32, num_layers=1)
+        block = layers.causal_block(text[:, 1:], start)
+        hidden, _ = network(network.fuse(features), block, empty, target)
+        return network.logits(hidden, target)
+
+    expected, found = (np.asarray(logits(*pair)) for pair in pairs)
+    print(f"largest difference {np.abs(found - expected).max():.2e}")
+    assert np.abs(found - expected).max() <= 1e-4

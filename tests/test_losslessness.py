@@ -26,13 +26,12 @@ from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
 from specjax.engine import Programs
 from specjax.tree import Tree
-from tests import paths, planned, tiny
+from tests import paths, planned, ties, tiny
 
-TIE = 1e-3
 MIN, MIDDLE, MAX = "min", "middle", "max"
 ALL = {MIN, MIDDLE, MAX}
 PROGRAMS = Programs()
-COMPARED: list[str] = []
+COMPARISONS = ties.Comparisons()
 
 
 @pytest.fixture(autouse=True)
@@ -101,22 +100,6 @@ FAST -= {(name, 4) for name in ("eagle-d6k10n60", "eagle-d5k1n6", "eagle3", "cod
 FAST |= {(name, 1) for name in ("ngram", "eagle-d6k10n60", "planned-tree")}
 
 
-def compare(target, prompt: list[int], found: list[int], expected: list[int]) -> None:
-    """Equal, or different first where two tokens are as likely; counts what it was."""
-    assert len(found) == len(expected)
-    if found == expected:
-        COMPARED.append("same")
-        return
-    at = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
-    logits = tiny.full_logits(target, prompt + expected[:at])[-1]
-    best = set(np.argsort(-logits)[:2].tolist())
-    gap = float(np.ptp(logits[list(best)]))
-    message = f"at token {at}: {found[at]} for {expected[at]}; the two best differ by {gap:.2e}"
-    assert best == {found[at], expected[at]} and gap < TIE, message
-    COMPARED.append("tie")
-    print("tie", message)
-
-
 def occurred(histogram: np.ndarray) -> set[str]:
     """Which of minimum, middle and maximum acceptance a histogram has."""
     found = {MIN} if histogram[0] else set()
@@ -144,7 +127,7 @@ def test_greedy_output_is_the_targets(name, batch):
         index = completion.request.request_id
         begin = len(prompts[index])
         expected = texts[index][begin : begin + tiny.NEW_TOKENS[index]]
-        compare(target, prompts[index], completion.output_ids, expected)
+        COMPARISONS.compare(target, prompts[index], completion.output_ids, expected)
     histogram = tiny.histogram(done)
     print(f"{name}, batch {batch}: steps by accepted drafts {histogram.tolist()}")
     if batch == 4:
@@ -164,10 +147,7 @@ def check_plan(name: str, histogram) -> None:
 
 
 def test_ties_are_rare():
-    """At most 1 % of the sequences that this process compared (one is always allowed)."""
-    ties = COMPARED.count("tie")
-    print(f"{ties} ties among {len(COMPARED)} sequences")
-    assert ties <= max(1, len(COMPARED) / 100)
+    COMPARISONS.check_rare()
 
 
 # Largest distance from the likeliest token's logit, scored in one pass: rounding of sums in another order.

@@ -3,6 +3,7 @@
 Programs are compiled for abstract arguments, so nothing of this size is allocated.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -13,6 +14,7 @@ from specjax import decode as decoding
 from specjax import sampling as sample
 from specjax import verify
 from specjax.drafters.eagle import eagle
+from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
@@ -21,6 +23,7 @@ from specjax.engine import Programs
 from specjax.models import eagle as eagle_model
 from specjax.models import llama
 from specjax.prepare import prepare
+from specjax.quant import quantize, recipe
 from tests import tiny
 
 CAPACITY = 4096
@@ -148,6 +151,72 @@ def test_decoding_keeps_its_caches_in_place(name, batch):
     assert beside <= LAYERS_OF_TEMPORARIES * layer
     moves = cache_moves(hlo, state.cache.keys[0].shape)
     assert not moves, f"{len(moves)} in the loop, the first: {moves[0]}"
+
+
+def abstract(drafter, target, batch: int = 1):
+    """A batch's state and the compiled decoding loop, without allocating anything."""
+    state = jax.eval_shape(
+        lambda model, drafter: decoding.init_state(model, drafter, batch, CAPACITY, 64),
+        target,
+        drafter,
+    )
+    compiled = Programs().decode.compiled(
+        target=target,
+        drafter=drafter,
+        state=state,
+        stop_ids=jnp.asarray([-1], jnp.int32),
+        max_steps=jnp.int32(1),
+        sampling=sample.sampling(),
+        acceptor=verify.Greedy(),
+    )
+    return state, compiled
+
+
+def test_self_speculation_takes_no_memory():
+    """Drafting under another scheme reads the same codes and the same cache: at most 1 % more arguments."""
+
+    def quantized():
+        dense = llama.build(tiny.ZeroCheckpoint(CONFIG), jnp.float32)
+        rounded = quantize.quantize(dense, recipe.make("w4a16", "rtn", group_size=64))
+        return prepare(rounded, dequantize="never")
+
+    target = jax.eval_shape(quantized)
+    sizes = {}
+    with tiny.hurried_compiler():
+        for name, proposer in {"none": NoDraft(), "self": SelfDraft(scheme="w4a8")}.items():
+            state, compiled = abstract(proposer, target)
+            assert not jax.tree.leaves(proposer) and not jax.tree.leaves(state.draft)
+            sizes[name] = compiled.memory_analysis().argument_size_in_bytes
+    print(f"argument bytes: {sizes}, {sizes['self'] / sizes['none'] - 1:.2e} more")
+    assert sizes["none"] > num_bytes(state.cache), "the weights are arguments too"
+    assert sizes["self"] <= 1.01 * sizes["none"]
+
+
+@pytest.mark.parametrize("inner", ["eagle", "ngram"])
+def test_hierarchical_holds_one_cache_per_model(inner):
+    """Those of the target, the intermediate model and, if it has one, the inner head; nothing else of that shape."""
+    target = jax.eval_shape(lambda: prepare(llama.build(tiny.ZeroCheckpoint(CONFIG), jnp.float32)))
+    small = dataclasses.replace(CONFIG, num_layers=2)
+    middle = jax.eval_shape(lambda: prepare(llama.build(tiny.ZeroCheckpoint(small), jnp.float32)))
+    proposer = Hierarchical(
+        model=middle, inner=drafter("eagle-12" if inner == "eagle" else "ngram", middle)
+    )
+    with tiny.hurried_compiler():
+        state, compiled = abstract(proposer, target)
+    shape = state.cache.keys[0].shape
+    rows = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == shape]
+    heads = 1 if inner == "eagle" else 0
+    assert len(rows) == 2 * (CONFIG.num_layers + small.num_layers + heads)
+    others = num_bytes(state) - num_bytes(rows)
+    features = 4 * CAPACITY * CONFIG.hidden_size if heads else 0
+    history = 0 if heads else 4 * CAPACITY
+    # Beside them: D's features by position for the head (or the n-gram's text), and a page of counters and tokens.
+    assert others <= features + history + 2**16
+    memory = compiled.memory_analysis()
+    expected = num_bytes(state) + num_bytes(target) + num_bytes(proposer)
+    print(f"{inner}: {len(rows)} cache arrays; argument bytes {memory.argument_size_in_bytes}")
+    assert abs(memory.argument_size_in_bytes - expected) <= 2**12
+    assert memory.alias_size_in_bytes >= num_bytes(state)
 
 
 def test_the_search_finds_copies_in_called_computations_of_loops():

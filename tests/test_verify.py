@@ -15,7 +15,6 @@ from specjax import verify
 from specjax.drafters.base import Chunk
 from specjax.drafters.eagle import eagle
 from specjax.drafters.lm import LM
-from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
 from specjax.errors import ConfigError
 from specjax.models import llama
@@ -86,8 +85,6 @@ def target():
 
 @functools.cache
 def drafter(name: str):
-    if name == "none":
-        return NoDraft()
     if name == "chain":
         return LM(model=tiny.model(TARGET_CONFIG, seed=9), draft_depth=2)
     if name == "self":
@@ -95,7 +92,9 @@ def drafter(name: str):
     if name == "tree":
         table = 1.5 * np.random.default_rng(4).standard_normal((VOCAB, VOCAB))
         return planned.Bigram(table=jnp.asarray(table, jnp.float32), parents=TREE, depth=2)
-    return eagle(tiny.head(TARGET_CONFIG), draft_depth=2, topk=2, num_nodes=6)
+    if name == "eagle":
+        return eagle(tiny.head(TARGET_CONFIG), draft_depth=2, topk=2, num_nodes=6)
+    return tiny.DRAFTERS[name](tiny.Parts(target()))
 
 
 # Compiling takes longer than running here, so the compiler is told to hurry.
@@ -179,7 +178,7 @@ FAST = [
 ]
 SLOW = [
     (name, filters, batch)
-    for name in ("none", "chain", "tree", "eagle", "self")
+    for name in ("chain", "tree", *tiny.DRAFTERS)
     for filters in FILTERS
     for batch in (1, 4)
     if (name, filters, batch) not in FAST
@@ -250,6 +249,8 @@ def test_wrong_acceptors_fail_the_same_test(name, acceptor):
         ("typo", True, "acceptance='typo'"),
         ("greedy", False, "needs temperature=0"),
         ("rejection", True, "needs temperature > 0"),
+        ("typical", True, "needs temperature > 0"),
+        ("relaxed", False, "at temperature 0 only"),
     ],
 )
 def test_unfit_acceptors_are_refused(name, is_greedy, match):
@@ -257,6 +258,6 @@ def test_unfit_acceptors_are_refused(name, is_greedy, match):
         verify.acceptor(name, is_greedy)
 
 
-def test_auto_takes_the_lossless_rule():
-    assert verify.acceptor("auto", True) == verify.Greedy()
-    assert verify.acceptor("auto", False) == verify.Rejection()
+def test_lossless_takes_the_lossless_rule():
+    assert verify.acceptor("lossless", True) == verify.Greedy()
+    assert verify.acceptor("lossless", False) == verify.Rejection()

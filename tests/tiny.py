@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,20 @@ import numpy as np
 
 from specjax import checkpoints, verify
 from specjax import sampling as sample
-from specjax.checkpoints import heads
+from specjax.checkpoints import heads, shrink
 from specjax.config import ModelConfig, RopeConfig
+from specjax.drafters import eagle as eagle_drafter
+from specjax.drafters import medusa as medusa_drafter
+from specjax.drafters.base import Drafter
+from specjax.drafters.hierarchical import Hierarchical
+from specjax.drafters.lm import LM
+from specjax.drafters.ngram import Ngram
+from specjax.drafters.none import NoDraft
+from specjax.drafters.self_draft import SelfDraft
 from specjax.engine import Completion, Engine, Programs, Request
-from specjax.models import eagle, layers, llama
+from specjax.models import eagle, eagle3, layers, llama, medusa
 from specjax.prepare import prepare
+from specjax.quant import quantize, recipe
 from tests import paths
 
 
@@ -120,6 +130,21 @@ def fixture_head(name: str = "eagle2-tiny", target: str = "tiny-fp16", dtype: st
     return heads.load_eagle(paths.fixture(name), fixture_model(target, dtype=dtype), target)
 
 
+@functools.cache
+def quantized_model(scheme: str, name: str = "tiny-fp16", dequantize: str = "never") -> llama.Llama:
+    """A dense fixture checkpoint rounded to nearest, in run-time form; by default it runs on its codes."""
+    dense = llama.build(checkpoints.open_checkpoint(paths.fixture(name)), jnp.float32)
+    rounded = quantize.quantize(dense, recipe.make(scheme, "rtn"))
+    return prepare(rounded, dequantize=dequantize)
+
+
+def shortened(target: llama.Llama) -> llama.Llama:
+    """The first layer of a model between its embedding and its norm: the same schemes, half the compilation."""
+    inner = target.model
+    kept = llama.LlamaModel(inner.embed_tokens, inner.layers[:1], inner.norm)
+    return llama.Llama(replace(target.config, num_layers=1), kept, target.lm_head)
+
+
 def noisy(target: llama.Llama, scale: float, seed: int = 0) -> llama.Llama:
     """A model that often agrees with `target`: its weights with noise of `scale` standard deviations."""
     leaves, structure = jax.tree.flatten(target)
@@ -129,6 +154,81 @@ def noisy(target: llama.Llama, scale: float, seed: int = 0) -> llama.Llama:
         return leaf + scale * jnp.std(leaf) * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     return structure.unflatten([stir(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+class Parts:
+    """What drafters are made of: a draft model and heads, trained ones for the fixture targets and random ones else."""
+
+    def __init__(self, target: llama.Llama, fixture: str | None = None, noise: float = 0.25):
+        self.target, self.fixture, self.noise = target, fixture, noise
+        self.config = target.config
+
+    @functools.cached_property
+    def model(self) -> llama.Llama:
+        return noisy(self.target, self.noise)
+
+    @functools.cached_property
+    def eagle(self) -> eagle.EagleHead:
+        return fixture_head() if self.fixture == "tiny-fp16" else head(self.config)
+
+    @functools.cached_property
+    def eagle3(self) -> eagle3.Eagle3Head:
+        if self.fixture == "tiny8-fp16":
+            return fixture_head("eagle3-tiny", self.fixture)
+        return eagle3.build(
+            RandomCheckpoint(self.config, 5),
+            jnp.float32,
+            layer_ids=(0,),
+            target_width=self.config.hidden_size,
+            num_drafts=self.config.vocab_size,
+        )
+
+    @functools.cached_property
+    def medusa(self) -> medusa.MedusaHeads:
+        if self.fixture == "tiny-fp16":
+            return heads.load_medusa(paths.fixture("medusa-tiny"), self.target)[0]
+        return medusa.build(RandomCheckpoint(self.config, 6), self.config, 3, jnp.float32)
+
+
+def _eagle_reduced(parts: Parts) -> Drafter:
+    """Drafts from half of the vocabulary, with an int8 head."""
+    ids = jnp.arange(0, parts.config.vocab_size, 2, dtype=jnp.int32)
+    small = shrink.with_vocabulary(parts.eagle, parts.target, ids)
+    small = shrink.quantized(small, parts.target, "w8a16")
+    return eagle_drafter.eagle(small, draft_depth=3, topk=2, num_nodes=8)
+
+
+def _medusa(parts: Parts) -> Drafter:
+    return medusa_drafter.medusa(
+        parts.medusa, medusa_drafter.default_choices(3, num_nodes=8, topk=3)
+    )
+
+
+def _hierarchical(parts: Parts) -> Drafter:
+    inner = DRAFTERS["eagle"](parts)
+    return Hierarchical(model=parts.model, inner=inner, min_draft_depth=3)
+
+
+def _nested(parts: Parts) -> Drafter:
+    inner = Hierarchical(
+        model=noisy(parts.target, 2 * parts.noise), inner=Ngram(draft_depth=2), min_draft_depth=2
+    )
+    return Hierarchical(model=parts.model, inner=inner, min_draft_depth=3)
+
+
+# Every drafter, small: the contract, losslessness and distribution tests all run this table.
+DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
+    "none": lambda parts: NoDraft(),
+    "ngram": lambda parts: Ngram(draft_depth=4, ngram_max=3, ngram_min=1),
+    "lm": lambda parts: LM(model=parts.model, draft_depth=3),
+    "self": lambda parts: SelfDraft(draft_depth=3),
+    "eagle": lambda parts: eagle_drafter.eagle(parts.eagle, draft_depth=3, topk=2, num_nodes=8),
+    "eagle-reduced": _eagle_reduced,
+    "eagle3": lambda parts: eagle_drafter.eagle(parts.eagle3, draft_depth=3, topk=2, num_nodes=8),
+    "medusa": _medusa,
+    "hierarchical": _hierarchical,
+    "nested": _nested,
+}
 
 
 @functools.cache
@@ -190,7 +290,8 @@ def engine(target, drafter, programs: Programs | None = None, **settings) -> Eng
     """An engine with the acceptor that fits; `settings` are those of `sampling`, stop_ids and seed."""
     names = ("temperature", "top_k", "top_p")
     sampling = sample.sampling(**{k: settings.pop(k) for k in names if k in settings})
-    acceptor = settings.pop("acceptor", None) or verify.acceptor("auto", sampling.greedy)
+    acceptor = settings.pop("acceptor", None) or verify.acceptor("lossless", sampling.greedy)
+    sampling = replace(sampling, with_q=acceptor.reads_q)
     return Engine(target, drafter, acceptor, sampling, programs=programs, **settings)
 
 

@@ -24,8 +24,8 @@ def draft_chain(
     Args:
         block: the tokens that the cache lacks, the root last.
     Returns:
-        drafts [B, n], their distributions q [B, n, V] (None when greedy), and the cache, which holds all drafts but
-        the last.
+        drafts [B, n], their distributions q [B, n, V] (None when greedy, unless asked for), and the cache, which holds
+        all drafts but the last.
     """
     first = model(block, cache)
     token, probs = _next(model, first.hidden[:, -1], sample.fold(keys, 0), sampling)
@@ -46,10 +46,11 @@ def draft_chain(
 
 
 def _next(model: Llama, hidden, keys, sampling: Sampling):
-    """Draws a token; also returns its distribution, None when greedy."""
+    """Draws a token; also returns its distribution, None when greedy unless it was asked for."""
     logits = model.logits(hidden)
     if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+        probs = sample.probabilities(logits, sampling) if sampling.with_q else None
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), probs
     probs = sample.probabilities(logits, sampling)
     return sample.draw(keys, probs), probs
 

@@ -82,7 +82,7 @@ class Eagle:
 
     def init(self, target, batch, capacity):
         head = self.head
-        dtype = head.fc.weight.dtype
+        dtype = head.dtype
         rows = self.max_depth + 1 + _EXTRA_ROWS
         return EagleState(
             cache=kv.init(head.config, batch, capacity, dtype, num_layers=1),

@@ -188,7 +188,7 @@ class Hierarchical:
         logits, features, cache, tree = passes.forward_tree(
             self.model, drafted.tree, drafted.cache, state.valid, self.inner.needs
         )
-        rule = verify.acceptor("auto", sampling.greedy)
+        rule = verify.acceptor("lossless", sampling.greedy)
         taken = rule(tree, drafted.q, logits, sample.fold(keys, 1), sampling)
         if not tree.is_chain:
             cache = kv.compact(cache, state.valid, taken.path)

@@ -6,9 +6,13 @@ To add a drafter: write its file next to this one, add a builder here. Nothing e
 import inspect
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from specjax.checkpoints import heads, hub
+import jax.numpy as jnp
+
+from specjax import draft_vocabulary
+from specjax.checkpoints import heads, hub, shrink
 from specjax.drafters.base import Drafter
 from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
@@ -33,16 +37,28 @@ def _ngram(target, draft_depth: int = 7, ngram_max: int = 4, ngram_min: int = 2)
     return Ngram(draft_depth=draft_depth, ngram_max=ngram_max, ngram_min=ngram_min)
 
 
-def _lm(target, model: str, draft_depth: int = 4, scheme: str | None = None) -> Drafter:
+def _lm(
+    target,
+    model: str,
+    draft_depth: int = 4,
+    scheme: str | None = None,
+    quantize: str | None = None,
+) -> Drafter:
     _positive(draft_depth=draft_depth)
-    return LM(model=_draft_model(target, model, scheme).module, draft_depth=draft_depth)
+    draft = _draft_model(target, model, scheme, quantize)
+    return LM(model=draft.module, draft_depth=draft_depth)
 
 
 def _hierarchical(
-    target, model: str, inner: Any, min_draft_depth: int = 6, scheme: str | None = None
+    target,
+    model: str,
+    inner: Any,
+    min_draft_depth: int = 6,
+    scheme: str | None = None,
+    quantize: str | None = None,
 ) -> Drafter:
     _positive(min_draft_depth=min_draft_depth)
-    draft = _draft_model(target, model, scheme, needs_codes(inner))
+    draft = _draft_model(target, model, scheme, quantize, needs_codes(inner))
     return Hierarchical(
         model=draft.module, inner=build(inner, draft), min_draft_depth=min_draft_depth
     )
@@ -58,7 +74,14 @@ def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
 
 
 def _eagle(
-    target, model: str | None = None, draft_depth: int = 6, topk: int = 10, num_nodes: int = 60
+    target,
+    model: str | None = None,
+    draft_depth: int = 6,
+    topk: int = 10,
+    num_nodes: int = 60,
+    vocabulary: str | None = None,
+    vocabulary_size: int | None = None,
+    scheme: str | None = None,
 ) -> Drafter:
     path = model or target.default_head
     if path is None:
@@ -69,7 +92,24 @@ def _eagle(
     folder = hub.resolve(str(path))
     head = heads.load_eagle(folder, target.module, target.name)
     heads.check_rotation(folder, hub.resolve(target.name))
+    if vocabulary is not None or vocabulary_size is not None:
+        ids = _draft_vocabulary(target, folder, vocabulary, vocabulary_size)
+        if topk > len(ids):
+            raise ConfigError(f"{topk=} exceeds the draft vocabulary of {len(ids)} tokens")
+        head = shrink.with_vocabulary(head, target.module, ids)
+    if scheme is not None:
+        head = shrink.quantized(head, target.module, scheme)
     return eagle(head, draft_depth=draft_depth, topk=topk, num_nodes=num_nodes)
+
+
+def _draft_vocabulary(target, head: Path, path: str | None, size: int | None):
+    """Tokens to draft from a list, from the one beside the head, or from the tokenizer's merges; stop tokens too."""
+    beside = head / draft_vocabulary.FILE_NAME
+    if path is not None or beside.is_file():
+        ranking = draft_vocabulary.read(Path(path or beside), target)
+    else:
+        ranking = draft_vocabulary.from_merges(target)
+    return jnp.asarray(ranking.first(size, target.config.eos_token_ids))
 
 
 def _medusa(target, model: str, tree: str | list | None = None) -> Drafter:
@@ -178,14 +218,17 @@ def needs_codes(spec: Spec) -> bool:
     return isinstance(spec, dict) and spec["kind"] == "self" and spec.get("scheme") is not None
 
 
-def _draft_model(target, model: str, scheme: str | None, keep_codes: bool = False):
-    """Loads a draft model in the target's compute dtype."""
+def _draft_model(
+    target, model: str, scheme: str | None, quantize: str | None, keep_codes: bool = False
+):
+    """Loads a draft model in the target's compute dtype; `quantize` rounds a dense one to a scheme."""
     from specjax import loading  # which builds targets and so imports this module
 
     draft = loading.load(
         model,
         dtype=target.dtype_name,
         scheme=scheme,
+        quantize=quantize,
         dequantize="never" if keep_codes else "auto",
     )
     _same_tokenizer(target, draft)

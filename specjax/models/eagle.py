@@ -15,7 +15,8 @@ class EagleHead(nnx.Module):
 
     `fc` joins [embedding | feature]; the layer has no input norm and the head no final norm. Embedding and output head
     are the target's, unless the head brings its own, as one for a rotated target must; `rotation` [D, D] then takes the
-    target's features into the basis that the head was trained in: feature @ rotation^T.
+    target's features into the basis that the head was trained in: feature @ rotation^T. With `draft_ids` [U] the head's
+    output head has a row for each of these target tokens only.
     """
 
     needs = "final"
@@ -28,11 +29,18 @@ class EagleHead(nnx.Module):
         embed_tokens: nn.Embedding | None = None,
         lm_head=None,
         rotation: nn.Linear | None = None,
+        draft_ids: Int[Array, "U"] | None = None,
     ):
         self.config = config
         self.fc = fc
         self.layers = nnx.List([layer])
         self.embed_tokens, self.lm_head, self.rotation = embed_tokens, lm_head, rotation
+        self.draft_ids = None if draft_ids is None else nnx.Variable(draft_ids)
+
+    @property
+    def dtype(self):
+        """Compute dtype."""
+        return self.layers[0].post_attention_layernorm.weight.dtype
 
     def fuse(self, features: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """The target's features as the head wants them."""
@@ -49,15 +57,15 @@ class EagleHead(nnx.Module):
         x, keys, values = self.layers[0](x, block, rope, cache.keys[0], cache.values[0])
         return x, KVCache(keys=(keys,), values=(values,))
 
-    def logits(self, hidden: Float[Array, "... D"], target: llama.Llama) -> Float[Array, "... V"]:
-        """Token logits of predicted features; float32."""
+    def logits(self, hidden: Float[Array, "... D"], target: llama.Llama) -> Float[Array, "... U"]:
+        """Logits over the draft vocabulary; float32."""
         if self.lm_head is None:
             return target.logits(hidden)
         return self.lm_head(hidden).astype(jnp.float32)
 
     def target_ids(self, draft_ids: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Token ids of the target's vocabulary; the head drafts over all of it."""
-        return draft_ids
+        """Token ids of the target's vocabulary."""
+        return draft_ids if self.draft_ids is None else self.draft_ids[...][draft_ids]
 
 
 def build(checkpoint, dtype) -> EagleHead:

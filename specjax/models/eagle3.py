@@ -60,6 +60,11 @@ class Eagle3Head(nnx.Module):
         self.d2t = None if d2t is None else nnx.Variable(d2t)
         self.embed_tokens = embed_tokens
 
+    @property
+    def dtype(self):
+        """Compute dtype."""
+        return self.norm.weight.dtype
+
     def fuse(self, features: Float[Array, "... A"]) -> Float[Array, "... D"]:
         """One feature from the three layers side by side."""
         return self.fc(features)

@@ -18,6 +18,8 @@ from specjax.config import ModelConfig
 from specjax.models import layers as nn
 from specjax.models.layers import Block
 from specjax.pallas import matmul_dense
+from specjax.pallas.glue import api as glue
+from specjax.pallas.glue import parts
 from specjax.quant import view
 
 
@@ -65,15 +67,16 @@ class Llama(nnx.Module):
         """Runs all layers over a block of tokens; `capture` names layers whose input the caller wants."""
         rope = nn.rope_tables(self.config.rope, self.config.head_dim, block.positions)
         x = self.model.embed_tokens(block.tokens)
-        keys, values, captured = [], [], {}
+        keys, values, captured, added = [], [], {}, None
         for index, layer in enumerate(self.model.layers):
             if index in capture:
-                captured[index] = x
-            x, k, v = layer(x, block, rope, cache.keys[index], cache.values[index])
+                captured[index] = x if added is None else x + parts.value(added)
+            arguments = block, rope, cache.keys[index], cache.values[index]
+            x, added, k, v = layer.residual(x, added, *arguments)
             keys.append(k)
             values.append(v)
         return ForwardOutput(
-            hidden=self.model.norm(x),
+            hidden=glue.residual_norm(x, added, self.model.norm)[1],
             captured=tuple(captured[index] for index in capture),
             cache=kv.KVCache(keys=tuple(keys), values=tuple(values)),
         )
@@ -84,6 +87,14 @@ class Llama(nnx.Module):
             table = self.model.embed_tokens.weight[...]
             return matmul_dense.matmul(hidden, table, jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
+
+    def output_weight(self) -> Float[Array, "V D"]:
+        """The output head's matrix in the compute dtype; dequantized if it has codes."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight[...]
+        if isinstance(self.lm_head, nn.Linear):
+            return self.lm_head.weight[...]
+        return self.lm_head.dequantize(self.dtype)
 
     def with_scheme(self, scheme: str) -> "Llama":
         """The same weights under another activation scheme; no array is copied (see `specjax.quant.view`).
@@ -117,7 +128,9 @@ def build(
     hidden, vocab = config.hidden_size, config.vocab_size
     table = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
     embedding = nn.Embedding(jnp.asarray(table, dtype))
-    layers = [_uploaded(finish(build_layer(checkpoint, i, dtype))) for i in range(config.num_layers)]
+    layers = [
+        _uploaded(finish(build_layer(checkpoint, i, dtype))) for i in range(config.num_layers)
+    ]
     model = LlamaModel(embedding, layers, build_norm(checkpoint, "model.norm", dtype))
     head = None
     if not config.tie_word_embeddings:

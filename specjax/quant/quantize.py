@@ -74,6 +74,20 @@ def quantize(
     return Llama(model.config, inner, model.lm_head)
 
 
+def round_layer(layer: nn.DecoderLayer, recipe: Recipe, prefix: str) -> nn.DecoderLayer:
+    """A layer with its linears rounded to nearest, for loading, where nothing is calibrated.
+
+    Linears that are quantized already are decoded first; `prefix` names the layer in errors.
+    """
+
+    def rounded(name: str, linear) -> QuantizedLinear:
+        if isinstance(linear, QuantizedLinear):
+            linear = nn.Linear(linear.dequantize(jnp.float32), linear.bias)
+        return quantize_linear(linear, recipe, None, f"{prefix}.{name}")
+
+    return layerwise.with_linears(layer, rounded)
+
+
 def _finished(model: Llama, recipe: Recipe, work: WorkDir | None) -> list[nn.DecoderLayer]:
     """Layers that an earlier run finished."""
     done = []

@@ -1,6 +1,6 @@
 """Which quantization methods exist, what each does, and which schemes it serves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from specjax.config import ModelConfig
@@ -111,6 +111,23 @@ def make(
         damping=damping,
         clip=ClipSearch() if search else None,
     )
+
+
+def at_load(scheme: str, config: ModelConfig) -> Recipe:
+    """Rounding to nearest without calibration, in groups of 128, 64 or 32 (or per channel) as the model's widths allow.
+
+    Raises:
+        ConfigError: the scheme is unknown.
+    """
+    recipe = make(scheme, "rtn")
+    if recipe.group_size == -1:
+        return recipe
+    fitting = (
+        size
+        for size in (128, 64, 32)
+        if all(width % size == 0 for width in _widths(config).values())
+    )
+    return replace(recipe, group_size=next(fitting, -1))
 
 
 def _default_group(scheme: Scheme) -> int:

@@ -1,13 +1,13 @@
 """Trained heads as folders in the upstream layouts, which `specjax.checkpoints.heads` reads again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 
+from specjax import draft_vocabulary
 from specjax.checkpoints import writer
 from specjax.models import layers
 from specjax.models.eagle3 import Eagle3Head
@@ -21,14 +21,14 @@ def write(
     path: Path,
     *,
     dtype=jnp.bfloat16,
-    vocabulary: Int[np.ndarray, "U"] | None = None,
+    ranking: draft_vocabulary.TokenRanking | None = None,
     facts: dict[str, Any],
     overwrite: bool,
 ) -> None:
     """Writes config.json, the weights, and `facts` as training.json; the folder appears whole or not at all.
 
     Args:
-        vocabulary: token ids that an EAGLE-1/2 head was trained to draft, as draft_vocabulary.json; None is all.
+        ranking: tokens that an EAGLE-1/2 head was trained to draft, written beside it; None is all.
 
     Raises:
         CheckpointError: the folder exists and is not empty, and `overwrite` is not given.
@@ -46,9 +46,8 @@ def write(
         if medusa:
             (folder / "model.safetensors").rename(folder / "medusa_lm_head.safetensors")
         writer.write_json(folder / "config.json", _config(head, dtype))
-        if vocabulary is not None:
-            text = json.dumps({"ids": vocabulary.tolist()})
-            (folder / "draft_vocabulary.json").write_text(text)
+        if ranking is not None:
+            draft_vocabulary.write(ranking, folder / draft_vocabulary.FILE_NAME)
         writer.write_json(folder / "training.json", facts)
 
 

@@ -77,14 +77,3 @@ def split(
         )
     shuffled = [examples[i] for i in order]
     return shuffled[held_out:], shuffled[:held_out]
-
-
-def frequent_tokens(
-    examples: Sequence[Example], vocab_size: int, count: int
-) -> Int[np.ndarray, "U"]:
-    """The `count` most frequent token ids in ascending order; unseen ones follow by id where too few were seen."""
-    seen = np.zeros(vocab_size, np.int64)
-    for example in examples:
-        np.add.at(seen, example.tokens[example.response :], 1)
-    order = np.lexsort((np.arange(vocab_size), -seen))
-    return np.sort(order[:count]).astype(np.int32)

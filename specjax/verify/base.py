@@ -1,12 +1,13 @@
 """What an acceptance rule is, and what it returns."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from specjax import tree as trees
 from specjax.sampling import Sampling
 from specjax.tree import Tree
 
@@ -33,7 +34,15 @@ class Verified:
 
 
 class Acceptor(Protocol):
-    """Decides which drafted nodes stay. A value without arrays: hashable, a static argument of the loop."""
+    """Decides which drafted nodes stay. A value without arrays: hashable, a static argument of the loop.
+
+    Attributes:
+        lossless: the output is the target's: the same tokens when greedy, the same distribution when sampling.
+        reads_q: drafts need their distributions even when greedy.
+    """
+
+    lossless: ClassVar[bool]
+    reads_q: ClassVar[bool]
 
     def __call__(
         self,
@@ -43,6 +52,37 @@ class Acceptor(Protocol):
         keys: UInt32[Array, "B 2"],
         sampling: Sampling,
     ) -> Verified: ...
+
+
+class Found(NamedTuple):
+    """The deepest node that is kept: its path from the root, the path's length, and the node itself."""
+
+    path: Int[Array, "B P"]
+    length: Int[Array, "B"]
+    node: Int[Array, "B"]
+
+
+def deepest(
+    tree: Tree, kept: Bool[Array, "B N"], scores: Float[Array, "B N"] | None = None
+) -> Found:
+    """The deepest node that is kept together with all its ancestors; the root always is.
+
+    Args:
+        kept: by its own merit; not read for the root and for unused nodes.
+        scores: among equally deep nodes the path with the largest sum wins; default: the first node.
+    """
+    kept = (kept & (tree.parents >= 0)).at[:, 0].set(True)
+    mask = trees.ancestor_mask(tree)
+    accepted = kept & jnp.all(kept[:, None] | ~mask, axis=-1)
+    depth = jnp.where(accepted, trees.depths(mask), -1)
+    most = jnp.max(depth, axis=1)
+    if scores is None:
+        node = jnp.argmax(depth, axis=1).astype(jnp.int32)
+    else:
+        along = jnp.sum(jnp.where(mask, scores[:, None], 0.0), axis=-1) - scores[:, :1]
+        best = jnp.where(depth == most[:, None], along, -jnp.inf)
+        node = jnp.argmax(best, axis=1).astype(jnp.int32)
+    return Found(path=trees.path_to(mask, node, tree.max_depth), length=most + 1, node=node)
 
 
 def verified(

@@ -90,7 +90,7 @@ def test_a_perfect_head_has_no_loss():
 
 
 def test_tokens_outside_the_draft_vocabulary_do_not_count():
-    target, head = list(_heads())[0]
+    target, head = next(iter(_heads()))
     batch = _batch(target)
     ids = np.asarray([1, 4, 6])
     vocab = losses.vocabulary(target, ids)
@@ -112,7 +112,9 @@ def test_medusa_heads_see_further_tokens():
     weights = losses.Weights(steps=1, regression=0.0, cross_entropy=1.0, decay=1.0)
     _, measured = _jitted(losses.medusa)(heads, target, vocab, batch, weights)
     np.testing.assert_array_equal(measured["counted"], [7 + 5, 6 + 4, 5 + 3])
-    logits = jax.nn.log_softmax(target.logits(batch.final))  # untrained heads repeat the target's prediction
+    logits = jax.nn.log_softmax(
+        target.logits(batch.final)
+    )  # untrained heads repeat the target's prediction
     tokens = np.asarray(batch.tokens)
     for i in range(3):
         expected = -sum(

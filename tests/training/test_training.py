@@ -1,6 +1,7 @@
 """Training end to end on tiny models: order of batches, resuming, exports that load, bad input."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specjax
-from experiments import common, train_eagle
+from experiments import common, own_text, train_eagle
 from specjax.checkpoints import heads
 from specjax.errors import ConfigError
-from specjax.training import batches, features, initial, losses, loop, text
+from specjax.training import batches, features, initial, loop, losses, text
 from tests import paths, tiny
 
 
@@ -35,7 +36,7 @@ def test_every_example_once_per_epoch(lengths, tokens_per_batch, seed):
     firsts = [row for _, (_, rows) in epoch for row in dict.fromkeys(rows)]
     assert len(firsts) == len(lengths)
     later = batches.shuffled(plan, seed, len(plan) // 2)
-    assert next(later)[1] == (epoch + [(1, plan[0])])[len(plan) // 2][1] or len(plan) == 1
+    assert next(later)[1] == ([*epoch, (1, plan[0])])[len(plan) // 2][1] or len(plan) == 1
 
 
 def _examples(count=6, length=40):
@@ -118,14 +119,16 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     resumed = _trainer(tmp_path / "cut", target)
     assert resumed.step == 4
     _run(resumed, target, examples, store, plan)
-    for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(ConfigError, match="beyond total_steps"):
         _trainer(tmp_path / "cut", target, total=6)
 
 
 @pytest.fixture(scope="module")
-def own_text(tmp_path_factory):
+def written(tmp_path_factory):
     """Text that the fixture model wrote itself."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     rows = [{"text": f"Tell me of {i}."} for i in range(12)]
@@ -148,9 +151,9 @@ def _train(*arguments):
         ("medusa", ["--num_heads=2"]),
     ],
 )
-def test_heads_learn_and_load_again(kind, options, own_text, tmp_path, capsys):
+def test_heads_learn_and_load_again(kind, options, written, tmp_path, capsys):
     name = str(paths.fixture("tiny8-fp16"))
-    common_flags = [f"--model={name}", f"--text_file={own_text}", "--held_out=2", "--max_length=96"]
+    common_flags = [f"--model={name}", f"--text_file={written}", "--held_out=2", "--max_length=96"]
     common_flags += ["--loss_on=all", "--tokens_per_batch=512", "--learning_rate=3e-3"]
     output = tmp_path / "head"
     flags = [*common_flags, f"--output={output}", f"--kind={kind}", *options]
@@ -174,13 +177,18 @@ def test_heads_learn_and_load_again(kind, options, own_text, tmp_path, capsys):
         _train(*flags, "--total_steps=31")
 
 
-def test_answers_are_made_once(own_text, tmp_path):
+def test_answers_are_made_once(written, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": i, "text": f"Why {i}?"} for i in range(5)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [f"--model={paths.fixture('tiny8-fp16')}", f"--prompts_file={prompts}"]
     flags += [f"--output={tmp_path / 'head'}", "--held_out=1", "--max_new_tokens=12"]
-    flags += ["--tokens_per_batch=128", "--total_steps=2", "--batch_size=2", "--draft_vocab_size=64"]
+    flags += [
+        "--tokens_per_batch=128",
+        "--total_steps=2",
+        "--batch_size=2",
+        "--draft_vocab_size=64",
+    ]
     _train(*flags)
     answers = tmp_path / "head.work" / "answers.jsonl"
     first = answers.read_text()
@@ -189,19 +197,38 @@ def test_answers_are_made_once(own_text, tmp_path):
     assert answers.read_text() == first
 
 
-def test_bad_input_is_named_before_anything_is_loaded(own_text, tmp_path):
+def test_the_target_can_write_its_own_prompts(tmp_path):
+    template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
+    folder = tmp_path / "model"
+    shutil.copytree(paths.fixture("tiny8-fp16"), folder)
+    (folder / "chat_template.jinja").write_text(template)
+    flags = [f"--model={folder}", "--self_prompts=4", f"--output={tmp_path / 'head'}"]
+    values = common.parse(train_eagle.define_flags, [*flags, "--batch_size=2"])
+    model = specjax.load(folder, dtype="float32")
+    (tmp_path / "work").mkdir()
+    chosen = own_text.prompts(values, model, tmp_path / "work")
+    made = [
+        json.loads(line) for line in (tmp_path / "work" / "prompts.jsonl").read_text().splitlines()
+    ]
+    assert sorted(row["id"] for row in made) == [0, 1, 2, 3]
+    assert len({row["prompt"] for row in made}) > 1  # every id has its own random stream
+    kept = [json.loads(line) for line in chosen.read_text().splitlines()]
+    assert len(kept) == len({row["prompt"] for row in made if row["finished"] and row["prompt"]})
+
+
+def test_bad_input_is_named_before_anything_is_loaded(written, tmp_path):
     name = f"--model={paths.fixture('tiny8-fp16')}"
-    with pytest.raises(ConfigError, match="--text_file, --prompts_file"):
+    with pytest.raises(ConfigError, match="--self_prompts"):
         _train(name, f"--output={tmp_path / 'a'}")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         _train(name, f"--output={tmp_path / 'a'}", "--text_file=nowhere.jsonl")
-    flags = [f"--output={tmp_path / 'b'}", f"--text_file={own_text}", "--loss_on=all"]
+    flags = [f"--output={tmp_path / 'b'}", f"--text_file={written}", "--loss_on=all"]
     with pytest.raises(ConfigError, match="held_out=40"):
         _train(name, *flags, "--held_out=40")
     with pytest.raises(ConfigError, match="no document"):
-        _train(name, f"--output={tmp_path / 'c'}", f"--text_file={own_text}", "--held_out=2")
+        _train(name, f"--output={tmp_path / 'c'}", f"--text_file={written}", "--held_out=2")
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("x")
     with pytest.raises(ConfigError, match="exists"):
-        _train(name, f"--output={full}", f"--text_file={own_text}")
+        _train(name, f"--output={full}", f"--text_file={written}")
