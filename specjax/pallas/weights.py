@@ -87,7 +87,10 @@ def _second_level(weight: QuantizedWeight) -> Int8[Array, "N K"]:
 def dequantize(weight: QuantizedWeight, dtype=jnp.float32) -> Float[Array, "N K"]:
     """The weight in float32, rounded once to `dtype`; columns in the order of the codes."""
     if weight.channel_scales is None:
-        values, scales = jnp.asarray(weight.codes).astype(jnp.float32), weight.scales.astype(jnp.float32)
+        values, scales = (
+            jnp.asarray(weight.codes).astype(jnp.float32),
+            weight.scales.astype(jnp.float32),
+        )
         if weight.zeros is not None:
             values = _grouped(values, weight.group_size)
             values = values - weight.zeros.astype(jnp.float32)[..., None]

@@ -249,8 +249,11 @@ def test_backends_are_named_or_refused(caplog):
     linear = draw.make(SCHEMES["w4a16"], 64, 192, 32)
     x = jnp.asarray(inputs(1, 192))
     for backend in ("mosaic", "triton"):
-        with pytest.raises(errors.SpecjaxError, match=rf"{backend}.*available: xla"):
+        with pytest.raises(errors.SpecjaxError, match=rf"{backend}.*no NVIDIA GPU"):
             matmul_w4a16.matmul(x, linear, backend=backend)
+    floats = draw.make(SCHEMES["fp8"], 64, 192, 192)
+    with pytest.raises(errors.SpecjaxError, match=r"mosaic.*available: xla"):
+        floats.with_backend("mosaic")(x)
     with pytest.raises(errors.SpecjaxError, match=r"cuda.*known: auto, xla"):
         dispatch.run("matmul", "cuda", matmul_w4a16.IMPLEMENTATIONS, x, linear)
     dispatch._announce.cache_clear()
@@ -258,7 +261,7 @@ def test_backends_are_named_or_refused(caplog):
         for _ in range(2):
             out = matmul_w4a16.matmul(x, linear)
     assert len(caplog.records) == 1
-    assert "matmul_w4a16: backend auto runs xla (mosaic: not impl" in caplog.text
+    assert "matmul_w4a16: backend auto runs xla (mosaic: no NVIDIA GPU" in caplog.text
     np.testing.assert_array_equal(out, matmul_w4a16.matmul(x, linear, backend="xla"))
 
 

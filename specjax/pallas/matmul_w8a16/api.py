@@ -4,13 +4,14 @@ from jaxtyping import Array, Float
 
 from specjax.pallas import dispatch, weights
 from specjax.pallas.matmul_w8a16 import reference
+from specjax.pallas.mosaic import implementations, packed
 
-IMPLEMENTATIONS = (dispatch.Implementation(backend="xla", run=reference.matmul),)
+IMPLEMENTATIONS = implementations.of_floats("matmul_w8a16", 8, reference.matmul)
 
 
 def matmul(
     x: Float[Array, "... K"],
-    weight: weights.QuantizedWeight,
+    weight: weights.QuantizedWeight | packed.PackedWeight,
     *,
     bias: Float[Array, "N"] | None = None,
     backend: dispatch.Backend = "auto",

@@ -5,14 +5,15 @@ from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas import dispatch, weights
 from specjax.pallas.matmul_w8a8 import reference
+from specjax.pallas.mosaic import implementations, packed
 
-IMPLEMENTATIONS = (dispatch.Implementation(backend="xla", run=reference.matmul),)
+IMPLEMENTATIONS = implementations.of_integers("matmul_w8a8", 8, reference.matmul)
 
 
 def matmul(
     x_codes: Shaped[Array, "... K"],
     x_scale: Float[Array, "... 1"],
-    weight: weights.QuantizedWeight,
+    weight: weights.QuantizedWeight | packed.PackedWeight,
     *,
     x_sums: Float[Array, "... G"] | None = None,
     bias: Float[Array, "N"] | None = None,

@@ -1,0 +1,264 @@
+"""The matmul kernels in Mosaic's interpreter against their references, races included.
+
+The interpreter has neither wgmma with a register operand, nor mma.sync, nor inline assembly, so
+there a kernel widens codes and multiplies with plain array operations (`dequantize.widen`,
+`_emulated_product`). Everything else is the code that is compiled: tiles, pipeline, barriers,
+tables, sums of groups, splits, stores. What is replaced is covered by `test_layouts.py` and
+`test_bit_tricks.py`.
+"""
+
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from specjax import errors
+from specjax.pallas import weights
+from specjax.pallas.mosaic import packed
+from specjax.pallas.mosaic.plan import Config
+from specjax.quant import activations
+from specjax.quant.scheme import lookup
+from tests.pallas.test_packed import qoq
+from tests.quant import random_linears as draw
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+slow = pytest.mark.slow
+# One step at a time, two stages: the ring wraps around within a few tiles.
+SMALL = Config(tiles_per_step=1, num_stages=2, splits=1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter():
+    """A kernel that failed leaves the interpreter's state behind."""
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def interpreted(op: str, *arguments, arch=HOPPER, **kwargs):
+    """The op's kernel in the interpreter, which must see no race."""
+    matmul = importlib.import_module(f"specjax.pallas.{op}.mosaic").matmul
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    out = matmul(*arguments, arch=arch, interpret=params, **kwargs)
+    out = np.asarray(out.astype(jnp.float32))
+    assert not gpu_callbacks.get_races().races_found
+    return out
+
+
+def rows_of(count: int, features: int, dtype, seed: int = 1):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((count, features))).astype(dtype)
+
+
+def relative_error(found, wanted) -> float:
+    found, wanted = (np.asarray(array, np.float64) for array in (found, wanted))
+    return np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2))
+
+
+def check_float(
+    op: str, linear, rows: int, config: Config = SMALL, dtype=jnp.float16, arch=HOPPER
+) -> None:
+    x = rows_of(rows, linear.in_features, dtype)
+    weight = packed.pack(linear, 16)
+    out = interpreted(op, x, weight, config=config, bias=linear.bias, arch=arch)
+    wanted = weights.weight_only(x.astype(jnp.float32), linear, linear.bias)
+    assert out.shape == (rows, linear.out_features)
+    assert relative_error(out, wanted) < (3e-4 if dtype == jnp.float16 else 2.5e-3)
+
+
+def check_integer(
+    op: str, linear, rows: int, config: Config = SMALL, operand_bits: int = 8, arch=HOPPER
+) -> None:
+    """Accumulators are exact, so that what is per channel must agree to the last bit."""
+    x = rows_of(rows, linear.in_features, jnp.float32)
+    groups = None if linear.minima is None else linear.minima.shape[1]
+    quantized = activations.quantize(x, linear.scheme.activations, groups)
+    operands = quantized.codes, quantized.scale
+    packing = packed.pack(linear, operand_bits)
+    rest = dict(config=config, x_sums=quantized.sums, bias=linear.bias, arch=arch)
+    out = interpreted(op, *operands, packing, **rest)
+    wanted = weights.quantized(*operands, linear, x_sums=quantized.sums, bias=linear.bias)
+    if packing.form.per_channel or packing.form.two_level:
+        np.testing.assert_array_equal(out, np.asarray(wanted))
+    assert relative_error(out, wanted) < 1e-6
+
+
+def slowly(*values):
+    """Parameters of tests that only `make test-full` runs."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=slow) for v in values]
+
+
+@pytest.mark.parametrize("rows", [1, 33, *slowly(7, 8, 9, 31, 64)])
+def test_w4a16_rows(rows):
+    check_float("matmul_w4a16", draw.make(lookup("w4a16"), 128, 256, 128), rows)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "config"),
+    [
+        (192, 576, Config(tiles_per_step=1, num_stages=2, splits=2)),  # parts of 2 and 3 steps
+        *slowly(
+            (64, 1536, Config(tiles_per_step=2, num_stages=2, splits=3)),
+            (192, 192, Config(tiles_per_step=2, num_stages=1, splits=1)),
+        ),
+    ],
+)
+def test_w4a16_shapes(outputs, inputs, config):
+    check_float(
+        "matmul_w4a16", draw.make(lookup("w4a16"), outputs, inputs, 64, bias=True), 3, config
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "minima"),
+    [
+        ("w4a16-asym", 32, True),
+        *slowly(
+            ("w4a16-asym", 64, False),
+            ("w4a16-asym", 320, True),
+            ("w4a16", 32, False),
+            ("w4a16", 320, False),
+            ("w4a16-asym", 320, False),
+        ),
+    ],
+)
+def test_w4a16_forms(name, group_size, minima):
+    linear = draw.make(lookup(name), 100, 320, group_size, minima=minima)
+    check_float("matmul_w4a16", linear, 5)
+
+
+@slow
+def test_w4a16_bfloat16():
+    linear = draw.make(lookup("w4a16"), 128, 256, 128, scale_dtype=jnp.bfloat16)
+    check_float("matmul_w4a16", linear, 8, dtype=jnp.bfloat16)
+
+
+@slow
+def test_w4a16_of_weights_packed_for_integers():
+    """QSpec drafts and verifies from the same codes under two widths of inputs."""
+    linear = draw.make(lookup("w4a16"), 128, 256, 128)
+    x = rows_of(4, 256, jnp.float16)
+    outs = [
+        interpreted("matmul_w4a16", x, packed.pack(linear, bits), config=SMALL) for bits in (16, 8)
+    ]
+    np.testing.assert_array_equal(*outs)
+
+
+def test_a_token_is_rounded_alike_alone_and_in_a_tree():
+    linear = draw.make(lookup("w4a16"), 128, 512, 128)
+    packing, x = packed.pack(linear, 16), rows_of(33, 512, jnp.float16)
+    alone = interpreted("matmul_w4a16", x[:1], packing, bias=jnp.zeros(128, jnp.float16))
+    among = interpreted("matmul_w4a16", x, packing, bias=jnp.zeros(128, jnp.float16))
+    np.testing.assert_array_equal(alone[0], among[0])
+
+
+@pytest.mark.parametrize("rows", [9, *slowly(1, 33, 50)])
+def test_w4a8_rows(rows):
+    check_integer("matmul_w4a8", draw.make(lookup("w4a8"), 128, 256, 256), rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "minima"),
+    [
+        ("w4a8", 128, False),
+        ("w4a8-qoq", 384, True),
+        ("w4a8-qqq", 128, False),
+        *slowly(
+            ("w4a8", 64, False),
+            ("w4a8-asym", 128, False),
+            ("w4a8-asym", 64, True),
+            ("w4a8-asym", 384, False),
+            ("w4a8-qqq", 384, False),
+        ),
+    ],
+)
+def test_w4a8_forms(name, group_size, minima):
+    linear = draw.make(lookup(name), 192, 384, group_size, minima=minima, bias=True)
+    check_integer("matmul_w4a8", linear, 3)
+
+
+def test_w4a8_progressive():
+    check_integer("matmul_w4a8", qoq(128, 384), 3)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "arch", "operand_bits"),
+    [
+        (128, AMPERE, 16),  # native int4, and the weights of a W4A16 draft under 4-bit inputs
+        *slowly(
+            (128, HOPPER, 16), (128, HOPPER, 8), (256, HOPPER, 8), (256, AMPERE, 8), (64, AMPERE, 8)
+        ),
+    ],
+)
+def test_w4a4(group_size, arch, operand_bits):
+    linear = draw.make(lookup("w4a4"), 128, 256, group_size)
+    check_integer("matmul_w4a4", linear, 8, operand_bits=operand_bits, arch=arch)
+
+
+@slow
+@pytest.mark.parametrize("name", ["w4a4-asym", "w4a4-qqq"])
+def test_w4a4_forms_before_hopper(name):
+    check_integer("matmul_w4a4", draw.make(lookup(name), 128, 256, 128), 5, arch=AMPERE)
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "rows"),
+    [
+        ("w4a16", 64, 33),
+        *slowly(
+            ("w4a16-asym", 32, 1),
+            ("w4a16", 576, 9),
+            ("w8a16", 576, 3),
+        ),
+    ],
+)
+def test_floats_before_hopper(name, group_size, rows):
+    config = Config(tiles_per_step=1, num_stages=2, splits=2)
+    linear = draw.make(lookup(name), 192, 576, group_size, bias=True)
+    check_float(f"matmul_{name[:5].rstrip('-')}", linear, rows, config, arch=AMPERE)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "group_size"),
+    [
+        ("matmul_w4a8", "w4a8-qqq", 128),
+        *slowly(
+            ("matmul_w4a8", "w4a8", 384),
+            ("matmul_w4a8", "w4a8-asym", 64),
+            ("matmul_w8a8", "w8a8", 384),
+        ),
+    ],
+)
+def test_integers_before_hopper(op, name, group_size):
+    check_integer(op, draw.make(lookup(name), 128, 384, group_size), 9, arch=AMPERE)
+
+
+@pytest.mark.parametrize("group_size", [576, *slowly(64)])
+def test_w8a8(group_size):
+    config = Config(tiles_per_step=1, num_stages=2, splits=2)
+    linear = draw.make(lookup("w8a8"), 64, 576, group_size)
+    check_integer("matmul_w8a8", linear, 9, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "arch"),
+    [
+        ("w8a16-asym", 64, AMPERE),
+        *slowly(("w8a16", 256, HOPPER), ("w8a16-asym", 64, HOPPER)),
+    ],
+)
+def test_w8a16(name, group_size, arch):
+    check_float("matmul_w8a16", draw.make(lookup(name), 64, 256, group_size), 8, arch=arch)
+
+
+def test_a_config_that_does_not_fit_is_refused():
+    linear = draw.make(lookup("w4a16"), 128, 384, 128)
+    x = rows_of(1, 384, jnp.float16)
+    for config in (
+        Config(tiles_per_step=2, num_stages=2, splits=1),
+        Config(tiles_per_step=1, num_stages=2, splits=4),
+    ):
+        with pytest.raises(errors.ConfigError, match="does not fit"):
+            interpreted("matmul_w4a16", x, packed.pack(linear, 16), config=config)
