@@ -20,7 +20,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 import specjax
-from specjax import loading, verify
+from specjax import loading, tuning, verify
 from specjax.drafters import registry
 from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas import dispatch
@@ -38,23 +38,29 @@ _DRAFTER_FLAGS = {
     "num_nodes": "num_nodes",
     "ngram_max": "ngram_max",
     "ngram_min": "ngram_min",
+    "draft_scheme": "scheme",
+    "min_draft_depth": "min_draft_depth",
 }
 _OPTIONS = (
     *("max_new_tokens", "max_length", "temperature", "top_k", "top_p", "stop", "seed"),
     *("batch_size", "acceptance", "ignore_eos"),
 )
+# Flags that describe --drafter; a preset's are dropped where another drafter is given.
+DRAFTER_FLAGS = (*_DRAFTER_FLAGS, "inner_drafter", "inner_checkpoint")
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
-def define_model_flags(values: flags.FlagValues, model: str | None = None) -> None:
-    """Flags that say which model runs and how; `model` is the default (None: the flag is required)."""
+def define_model_flags(
+    values: flags.FlagValues, model: str | None = None, required: bool = True
+) -> None:
+    """Flags that say which model runs and how; `model` is the default (None: required, if `required`)."""
     flags.DEFINE_string(
         "model",
         model,
         "Checkpoint directory, .gguf file, name of a model that ships (smollm2-135m), or hub id org/name.",
         flag_values=values,
     )
-    if model is None:
+    if model is None and required:
         flags.mark_flag_as_required("model", flag_values=values)
     flags.DEFINE_enum(
         "dtype",
@@ -97,11 +103,14 @@ def define_model_flags(values: flags.FlagValues, model: str | None = None) -> No
     )
 
 
-def define_drafter_flags(values: flags.FlagValues) -> None:
-    """--drafter and the flags that set single options of it."""
+def define_drafter_flags(values: flags.FlagValues, default: str = "none") -> None:
+    """--drafter and the flags that set single options of it; --tuned takes a drafter from a file instead."""
+    flags.DEFINE_string(
+        "tuned", None, "Drafter that experiments.tune chose (its --output).", flag_values=values
+    )
     flags.DEFINE_string(
         "drafter",
-        "none",
+        default,
         f"One of {', '.join(registry.kinds())}, or a JSON object with 'kind' and options.",
         flag_values=values,
     )
@@ -115,11 +124,24 @@ def define_drafter_flags(values: flags.FlagValues) -> None:
         "ngram_max": "Longest n-gram that is looked up.",
         "ngram_min": "Shortest n-gram that is looked up.",
     }
+    described["min_draft_depth"] = "Shortest chain that 'hierarchical' hands to the target."
     for name, text in described.items():
         flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=values)
+    flags.DEFINE_string(
+        "draft_scheme", None, "Scheme of the draft (option 'scheme').", flag_values=values
+    )
+    flags.DEFINE_string(
+        "inner_drafter",
+        None,
+        "Drafter of the draft model: a name or JSON (option 'inner' of 'hierarchical').",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "inner_checkpoint", None, "Option 'model' of the inner drafter.", flag_values=values
+    )
 
 
-def define_sampling_flags(values: flags.FlagValues, max_new_tokens: int = 128) -> None:
+def define_sampling_flags(values: flags.FlagValues, max_new_tokens: int | None = 128) -> None:
     """How tokens are chosen and when a generation ends: the fields of `specjax.Options`."""
     define_integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     define_float = functools.partial(flags.DEFINE_float, flag_values=values)
@@ -138,9 +160,9 @@ def define_sampling_flags(values: flags.FlagValues, max_new_tokens: int = 128) -
     )
     flags.DEFINE_enum(
         "acceptance",
-        "auto",
-        ("auto", *verify.ACCEPTORS),
-        "Acceptance rule.",
+        "lossless",
+        verify.ACCEPTANCES,
+        "Acceptance rule; typical and relaxed do not keep the target's output.",
         flag_values=values,
     )
     flags.DEFINE_boolean(
@@ -160,30 +182,70 @@ def drafter_spec(values: flags.FlagValues) -> dict[str, Any]:
         ConfigError: malformed JSON, unknown kind or option, a flag that the kind has no option for or that
             repeats an option of the JSON.
     """
-    text = values.drafter
-    # Not `registry.parse`: required options may still come from flags.
+    if values.tuned is not None:
+        return _tuned_spec(values)
+    spec = _unchecked_spec("drafter", values.drafter)
+    for flag, option in _DRAFTER_FLAGS.items():
+        if values[flag].value is not None:
+            _set_option(spec, option, values[flag].value, flag, "drafter")
+    if values.inner_drafter is not None:
+        inner = _unchecked_spec("inner_drafter", values.inner_drafter)
+        if values.inner_checkpoint is not None:
+            _set_option(
+                inner, "model", values.inner_checkpoint, "inner_checkpoint", "inner_drafter"
+            )
+        _set_option(spec, "inner", inner, "inner_drafter", "drafter")
+    elif values.inner_checkpoint is not None:
+        raise ConfigError("--inner_checkpoint needs --inner_drafter")
+    registry.check(spec)
+    return spec
+
+
+def _tuned_spec(values: flags.FlagValues) -> dict[str, Any]:
+    """The drafter of --tuned; a warning says where it was tuned for something else."""
+    others = [name for name in ("drafter", *_DRAFTER_FLAGS) if values[name].present]
+    if others:
+        raise ConfigError(f"--tuned says which drafter runs; drop --{', --'.join(others)}")
+    content = tuning.read(Path(values.tuned))
+    here = {"model": values.model, "scheme": values.scheme, "device_kind": _device_kind()}
+    there = content | {"device_kind": content["environment"]["device_kind"]}
+    for name, value in here.items():
+        if there.get(name) != value:
+            _log.warning(
+                "--tuned=%s was made with %s=%r, not %r: another tree may be faster here",
+                *(values.tuned, name, there.get(name), value),
+            )
+    registry.check(content["drafter"])
+    return content["drafter"]
+
+
+def _device_kind() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _unchecked_spec(flag: str, text: str) -> dict[str, Any]:
+    """A spec of a known kind; options may be missing that other flags still set."""
     try:
         spec = json.loads(text) if text.lstrip().startswith("{") else {"kind": text.strip()}
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--drafter={text!r} is not valid JSON: {error}") from None
+        raise ConfigError(f"--{flag}={text!r} is not valid JSON: {error}") from None
     if not isinstance(spec.get("kind"), str):
         registry.check(spec)
-    known = registry.options(spec["kind"])
-    for flag, option in _DRAFTER_FLAGS.items():
-        if values[flag].value is None:
-            continue
-        if option not in known:
-            raise ConfigError(
-                f"--{flag}: drafter {spec['kind']!r} has no option {option!r}; "
-                f"it has: {', '.join(known) or 'none'}"
-            )
-        if option in spec:
-            raise ConfigError(
-                f"--{flag}: the JSON of --drafter sets {option!r} too; drop one of them"
-            )
-        spec[option] = values[flag].value
-    registry.check(spec)
+    registry.options(spec["kind"])
     return spec
+
+
+def _set_option(spec: dict[str, Any], option: str, value: Any, flag: str, source: str) -> None:
+    """Puts a flag's value into a spec."""
+    known = registry.options(spec["kind"])
+    if option not in known:
+        raise ConfigError(
+            f"--{flag}: drafter {spec['kind']!r} has no option {option!r}; "
+            f"it has: {', '.join(known) or 'none'}"
+        )
+    if option in spec:
+        raise ConfigError(f"--{flag}: the JSON of --{source} sets {option!r} too; drop one of them")
+    spec[option] = value
 
 
 def full_spec(spec: dict[str, Any]) -> dict[str, Any]:
@@ -212,9 +274,9 @@ def _is_spec(value: Any) -> bool:
 
 
 def load_model(
-    values: flags.FlagValues, specs: Sequence[dict[str, Any]] = ()
+    values: flags.FlagValues, specs: Sequence[dict[str, Any]] = (), quantize: str | None = None
 ) -> specjax.LanguageModel:
-    """Loads --model for the drafters `specs`.
+    """Loads --model for the drafters `specs`, rounded to the scheme `quantize` if one is given.
 
     With float32, matrix products run at full precision too (GPUs would round their inputs to TF32).
     """
@@ -229,6 +291,7 @@ def load_model(
         values.model,
         dtype=values.dtype,
         scheme=values.scheme,
+        quantize=quantize,
         backend=values.backend,
         dequantize=policy,
         chat_template=template,

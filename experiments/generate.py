@@ -169,7 +169,7 @@ def _interactive(model, drafter, prompt: list[int], values, config, sink) -> Non
 def summary(result: specjax.GenerationResult) -> str:
     """One line about a finished generation."""
     metrics = result.metrics
-    parts = [f"{metrics.new_tokens} tokens"]
+    parts = [f"{metrics.new_tokens} tokens"] + ([] if metrics.lossless else ["lossy"])
     if metrics.tokens_per_s is not None:
         parts.append(f"{metrics.tokens_per_s:.1f} tokens/s")
     if metrics.num_draft_tokens:

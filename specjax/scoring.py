@@ -1,16 +1,17 @@
-"""Scores of given texts: logits, and perplexity over windows."""
+"""Scores of given texts: logits, likelihoods of continuations, and perplexity over windows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax import cache as kv
+from specjax import engine
 from specjax.errors import CapacityError, SpecjaxError
 from specjax.generate import LanguageModel
 from specjax.models import layers
@@ -18,6 +19,19 @@ from specjax.models.llama import Llama
 
 _CHUNK = 256  # tokens per pass; bounds the logits that are on the device at once
 _WINDOWS = 4  # windows per pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How likely a model finds a continuation.
+
+    Attributes:
+        logprob: sum of the log-probabilities of its tokens, in nats.
+        is_greedy: every token is the model's first choice.
+    """
+
+    logprob: float
+    is_greedy: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +112,7 @@ def perplexity(
     inputs, targets = _windows(ids, width, bos)
     losses = np.concatenate(
         [
-            np.asarray(_losses(model.module, jnp.asarray(x), jnp.asarray(np.maximum(y, 0))))
+            np.asarray(_scores(model.module, jnp.asarray(x), jnp.asarray(np.maximum(y, 0)))[0])
             for x, y in _groups(inputs, targets)
         ]
     )[: len(inputs)]
@@ -113,6 +127,43 @@ def perplexity(
         num_windows=len(inputs),
         window=window,
     )
+
+
+def likelihoods(
+    model: LanguageModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Iterator[tuple[int, Likelihood]]:
+    """Yields (index of the pair, likelihood of its continuation after its context), longest pairs first.
+
+    Args:
+        pairs: token ids of a context, at least one, and of a continuation.
+    Raises:
+        CapacityError: an empty context, ids outside the vocabulary, or more tokens than the model has positions.
+    """
+    for index, (context, continuation) in enumerate(pairs):
+        if len(context) == 0:
+            raise CapacityError(f"pair {index}: the context is empty; at least one token is needed")
+        _check(model, np.asarray([[*context, *continuation][:-1] or context], np.int64))
+        _check_vocabulary(model, np.asarray([*context, *continuation], np.int64))
+    lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
+    order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
+    for begin in range(0, len(order), _WINDOWS):
+        group = order[begin : begin + _WINDOWS]
+        width = engine.bucket(max(lengths[group[0]], 1))
+        inputs = np.zeros((_WINDOWS, width), np.int32)
+        targets = np.full((_WINDOWS, width), -1, np.int32)
+        for row, index in enumerate(group):
+            context, continuation = pairs[index]
+            text = [*context, *continuation]
+            inputs[row, : len(text) - 1] = text[:-1]
+            targets[row, len(context) - 1 : len(text) - 1] = continuation
+        losses, greedy = _scores(
+            model.module, jnp.asarray(inputs), jnp.asarray(np.maximum(targets, 0))
+        )
+        scored = targets >= 0
+        sums = np.sum(np.asarray(losses, np.float64), axis=1, where=scored)
+        all_greedy = np.all(np.asarray(greedy) | ~scored, axis=1)
+        for row, index in enumerate(group):
+            yield index, Likelihood(logprob=-float(sums[row]), is_greedy=bool(all_greedy[row]))
 
 
 def _windows(ids: np.ndarray, window: int, bos: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -167,10 +218,10 @@ _chunk_logits = jax.jit(_chunk_logits_traced, donate_argnames="cache")
 
 
 @jax.jit
-def _losses(
+def _scores(
     module: Llama, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Negative log-likelihood of the targets; the logits of one window at a time."""
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Negative log-likelihood of the targets and whether they are the first choice; logits of one row at a time."""
     batch, length = inputs.shape
     cache = kv.init(module.config, batch, length, module.dtype)
     block = layers.causal_block(inputs, jnp.zeros((batch,), jnp.int32))
@@ -180,6 +231,6 @@ def _losses(
         rows, labels = pair
         values = module.logits(rows)
         chosen = jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(values, axis=-1) - chosen
+        return jax.nn.logsumexp(values, axis=-1) - chosen, jnp.argmax(values, axis=-1) == labels
 
     return lax.map(of_window, (hidden, targets))

@@ -1,0 +1,185 @@
+"""Where does a decoding step's time go, and what does verifying n nodes cost against one?
+
+    python -m experiments.step_times --model=smollm2-135m --drafter=ngram --output=steps.jsonl
+
+After the first prompt of --prompts_file, every part of a step is compiled by itself and timed in turn: the draft, the
+target's pass over the drafted tree, the whole step, and passes over trees of --sizes nodes. --output receives a row
+with the parts ("record": "step_times"; "other" is what the step takes beyond draft and verification: accepting, moving
+cache rows, the drafter's own bookkeeping) and one with the passes ("record": "verify_times"). Rows are appended;
+`experiments.report` shows them.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import common, environment, evaluate, preset, records
+from specjax import decode, engine, sampling, target, verify
+from specjax.drafters.base import Chunk
+from specjax.errors import ConfigError
+from specjax.tree import Tree
+
+_PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags of this binary."""
+    preset.define_flags(values)
+    common.define_model_flags(values, required=False)
+    common.define_drafter_flags(values)
+    string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    string("prompts_file", str(_PROMPTS), "JSON lines; the first one is used.", flag_values=values)
+    string("output", None, "JSON lines; rows are appended.", flag_values=values)
+    flags.mark_flag_as_required("output", flag_values=values)
+    sizes = [str(size) for size in (1, 2, 4, 8, 16, 32, 64)]
+    flags.DEFINE_list("sizes", sizes, "Numbers of nodes to verify.", flag_values=values)
+    integer("batch_size", 1, "Sequences that run together.", lower_bound=1, flag_values=values)
+    integer("repeats", 9, "Timings of each part; medians count.", lower_bound=1, flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Measures, writes, prints."""
+    preset.apply(values)
+    sizes = _sizes(values.sizes)
+    spec = common.drafter_spec(values)
+    output = records.check_output(values.output, ".jsonl")
+    prompts = records.read_prompts(values.prompts_file)[:1]
+    weights = evaluate.describe_weights(values.model)
+    weights += f" as {values.scheme}" if values.scheme else ""
+    model = common.load_model(values, [spec])
+    [prompt] = records.encode(model, prompts, values.prompts_file)
+    drafter = model.drafter(spec)
+    state = prefilled(model.module, drafter, prompt, values.batch_size, max(sizes))
+    with common.profiled(values):
+        times = measure(model.module, drafter, state, sizes, values.repeats)
+    config = {
+        **common.model_config(values),
+        "dtype": model.dtype_name,
+        "weights": weights,
+        "drafter": common.full_spec(spec),
+        "batch_size": values.batch_size,
+        "prompt_tokens": len(prompt),
+        "repeats": values.repeats,
+        "backend": values.backend,
+        "dequantize": common.dequantize(values, [spec]),
+        "environment": environment.record(),
+    }
+    rows = _rows(times, weights, spec, drafter.num_nodes, sizes)
+    records.append_rows(output, [row | {"config": config} for row in rows])
+    for name, value in times.items():
+        print(f"{name:>12}  {value:8.2f} ms")
+    print(f"-> {output}")
+
+
+def _sizes(texts: list[str]) -> list[int]:
+    if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
+        raise ConfigError(f"--sizes={','.join(texts)}: whole numbers of at least 1 are needed")
+    return sorted({1, *map(int, texts)})
+
+
+def _rows(times: dict[str, float], weights, spec, num_nodes: int, sizes) -> list[dict[str, Any]]:
+    parts = {f"{name}_ms": times[name] for name in ("propose", "verify", "step")}
+    return [
+        {
+            "record": "step_times",
+            "label": f"{weights}, {evaluate.short_label(spec)}",
+            "num_nodes": num_nodes,
+            **parts,
+            "other_ms": times["step"] - times["propose"] - times["verify"],
+        },
+        {
+            "record": "verify_times",
+            "label": weights,
+            "num_nodes": sizes,
+            "verify_ms": [times[f"T({size})"] for size in sizes],
+        },
+    ]
+
+
+def prefilled(module, drafter, prompt: list[int], batch: int, num_nodes: int) -> decode.DecodeState:
+    """State of a batch after the same prompt, with room for trees of `num_nodes` nodes."""
+    room = max(num_nodes, drafter.max_depth + 1 + drafter.scratch)
+    width = engine.bucket(len(prompt))
+    state = decode.init_state(module, drafter, batch, engine.bucket(width + room + 16), 16)
+    tokens = np.zeros((batch, width + 1), np.int32)
+    tokens[:, : len(prompt)] = prompt
+    chunk = Chunk(
+        tokens=jnp.asarray(tokens[:, :-1]),
+        next_tokens=jnp.asarray(tokens[:, 1:]),
+        start=jnp.zeros((batch,), jnp.int32),
+        valid=jnp.full((batch,), len(prompt), jnp.int32),
+        features=None,
+    )
+    never = jnp.asarray([-1], jnp.int32)
+    state = dataclasses.replace(state, limit=jnp.full((batch,), 16, jnp.int32))
+    return jax.jit(decode.prefill_chunk)(
+        module, drafter, state, chunk, chunk.valid, never, sampling.sampling()
+    )
+
+
+def measure(module, drafter, state, sizes: list[int], repeats: int) -> dict[str, float]:
+    """Median milliseconds of "propose", "verify", "step" and of "T(n)" for every size."""
+    greedy, acceptor = sampling.sampling(), verify.acceptor("lossless", True)
+    never = jnp.asarray([-1], jnp.int32)
+
+    def propose(module, state):
+        return drafter.propose(
+            module, state.cache, state.draft, state.root, state.lengths, state.keys, greedy
+        )
+
+    def step(module, state):
+        return decode.step(module, drafter, state, never, greedy, acceptor)
+
+    def scored(module, state, tree):
+        logits, features, cache, _ = target.forward_tree(
+            module, tree, state.cache, state.lengths, drafter.needs
+        )
+        return jnp.argmax(logits, -1), features, cache
+
+    proposed = jax.block_until_ready(jax.jit(propose)(module, state))
+    trees = {f"T({size})": _path(state.root, size) for size in sizes}
+    works = {"propose": (propose, ()), "verify": (scored, (proposed.tree,)), "step": (step, ())}
+    works |= {name: (scored, (tree,)) for name, tree in trees.items()}
+    return _medians(works, module, state, repeats)
+
+
+def _medians(works: dict[str, tuple[Callable, tuple]], module, state, repeats: int):
+    """Median milliseconds of functions of (module, state, ...), which take turns; the state is donated."""
+    programs = {name: jax.jit(work, donate_argnums=1) for name, (work, _) in works.items()}
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    bar = tqdm(total=(repeats + 1) * len(works), unit="run", disable=None)
+    with bar, warnings.catch_warnings():
+        # Small arrays of the state have no output that could take their place.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        for repeat in range(repeats + 1):
+            for name, (_, arguments) in works.items():
+                # The copy that is donated is made before the clock starts, as the loop needs none.
+                own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+                begin = time.perf_counter()
+                jax.block_until_ready(programs[name](module, own, *arguments))
+                if repeat:  # the first one compiles
+                    taken[name].append((time.perf_counter() - begin) * 1e3)
+                bar.update()
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def _path(root, num_nodes: int) -> Tree:
+    """A tree of `num_nodes` nodes, one below the other, without the promise that it is a chain."""
+    batch = root.shape[0]
+    parents = jnp.broadcast_to(jnp.arange(-1, num_nodes - 1, dtype=jnp.int32), (batch, num_nodes))
+    tokens = jnp.broadcast_to(root[:, None], (batch, num_nodes))
+    chain = num_nodes == 1
+    return Tree(tokens=tokens, parents=parents, max_depth=num_nodes - 1, is_chain=chain)
+
+
+if __name__ == "__main__":
+    common.run(define_flags, main)
