@@ -4,13 +4,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu lint format venv clean
+.PHONY: help demo test test-full test-gpu lint format venv aot aot-check clean
 
 WORKERS ?= 2
 RESULTS := .cache
-VENV := .venv$(if $(JAX),-jax-$(JAX))
-PYTHON := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
+AOT_VENV := .venv-aot
+AOT_PYTHON := $(AOT_VENV)/bin/python
+AOT_INSTALLED := $(AOT_VENV)/.installed
 # The fast tests run on the CPU, also where there is a GPU; `make test-gpu` is for that.
 PYTEST := JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
@@ -19,6 +19,8 @@ help:
 	@echo "make test       the fast tests"
 	@echo "make test-full  all tests, slow ones too; an interrupted run goes on where it stopped"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
+	@echo "make aot        a virtual environment that compiles for NVIDIA GPUs on a machine without one (experiments.aot_compile)"
+	@echo "make aot-check  compile the kernels for sm_80 and sm_90: no spill, no missing matrix instruction"
 	@echo "make lint       ruff: rules and format (make format: apply them)"
 
 demo: $(INSTALLED)
@@ -59,5 +61,23 @@ $(INSTALLED): pyproject.toml requirements-dev.txt
 	@$(if $(JAX),$(PYTHON) -m pip install -qq --disable-pip-version-check --upgrade jax==$(JAX) jaxlib)
 	@touch $@
 
+aot: $(AOT_INSTALLED)
+
+# .venv-aot sees the packages of .venv and adds the CUDA plugin, which does not belong where tests run on CPUs.
+$(AOT_INSTALLED): $(INSTALLED) requirements-aot.txt
+	@rm -f $@
+	@$(AOT_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(AOT_VENV)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+	  base=$$($(PYTHON) -c "$$site") && \
+	  echo "import site; site.addsitedir('$$base')" > "$$($(AOT_PYTHON) -c "$$site")/specjax-base.pth"
+	@echo "installing the packages of requirements-aot.txt into $(AOT_VENV) (the first time about 500 MB)"
+	@$(AOT_PYTHON) -m pip install -qq --disable-pip-version-check --no-deps -r requirements-aot.txt
+	@touch $@
+
+aot-check: $(AOT_INSTALLED)
+	@rm -rf $(RESULTS)/aot
+	$(AOT_PYTHON) -m experiments.aot_compile --kernels_only --target=h200,a100 --model_shape=llama3-8b --only=llama3-8b/o \
+	  --m=8 --output=$(RESULTS)/aot
+
 clean:
-	rm -rf .venv .venv-jax-* $(RESULTS) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax-* .venv-aot $(RESULTS) build *.egg-info .pytest_cache .ruff_cache .hypothesis

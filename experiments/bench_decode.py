@@ -10,6 +10,12 @@ and is not counted. --output receives one row per drafter and repeat ("record": 
 ("record": "summary"), each with the whole configuration, versions and device; rows are appended. `none` is always
 among the drafters.
 
+--random_weights=llama3-8b takes random weights of that shape in place of a model, and --synthetic_acceptance=3.9
+imposes a mean acceptance length: speeds of a loop for which no checkpoint is at hand, marked "synthetic" in every row.
+
+    python -m experiments.bench_decode --random_weights=llama3-8b --scheme=w4a16 --synthetic_acceptance=3.9 \\
+        --drafters_file=experiments/presets/random_eagle.json --output=results.jsonl
+
 --roofline measures, in the same process, the streaming-read bandwidth, the bytes of a step and a bare jitted step, and
 relates plain decoding of the first prompt to them ("record": "roofline").
 """
@@ -20,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
@@ -27,7 +34,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, records, roofline
+from experiments import common, environment, random_model, records, roofline
+from specjax.aot import shapes
 from specjax.drafters import registry
 from specjax.errors import ConfigError
 
@@ -58,12 +66,28 @@ class Contestant:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
+    common.define_model_flags(values, required=False)
     common.define_sampling_flags(values)
     flags.DEFINE_list("drafters", None, "Names of drafters.", flag_values=values)
     flags.DEFINE_string("drafters_file", None, "JSON list of drafter specs.", flag_values=values)
     flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    flags.mark_flag_as_required("prompts_file", flag_values=values)
+    flags.DEFINE_enum(
+        "random_weights",
+        None,
+        list(shapes.CONFIGS),
+        "Instead of --model: random weights of this shape, under --scheme (default: dense).",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("group_size", 128, "Of random weights; -1: none.", flag_values=values)
+    flags.DEFINE_integer(
+        "prompt_tokens", 1024, "Prompt of random weights.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_float(
+        "synthetic_acceptance",
+        None,
+        "Impose this mean acceptance length (bonus included) on random weights.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
     flags.DEFINE_boolean(
@@ -77,22 +101,35 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     """Measures, writes, prints the table."""
     specs = _specs(values)
-    prompts = records.read_prompts(values.prompts_file)
+    random_model.check(values)
+    random = values.random_weights is not None
+    prompts = [] if random else records.read_prompts(values.prompts_file)
     if values.roofline and values.max_new_tokens < 2:
         raise ConfigError(
             "--roofline needs --max_new_tokens of at least 2: the first token is prefill's"
         )
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
-    model = common.load_model(values, specs)
-    encoded = records.encode(model, prompts, values.prompts_file, values.max_length)
+    options = common.options(values)
+    if random:
+        model = _random_model(values)
+        prompts = [{"id": "random"}]
+        encoded = [random_model.prompt(values.prompt_tokens, model.config.vocab_size)]
+        options["ignore_eos"] = True
+        if values.synthetic_acceptance is not None:
+            options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
+    else:
+        model = common.load_model(values, specs)
+        encoded = records.encode(model, prompts, values.prompts_file, values.max_length)
     config = _config(values, model)
     contestants = [Contestant(spec=spec, drafter=model.drafter(spec)) for spec in specs]
     with common.profiled(values):
-        measure(model, contestants, encoded, values.repeats, common.options(values))
+        measure(model, contestants, encoded, values.repeats, options)
     summaries = [summarize(contestant, contestants[0]) for contestant in contestants]
     ids = [prompt["id"] for prompt in prompts]
     rows = [row for contestant in contestants for row in _run_rows(contestant, ids)] + summaries
     print_table(summaries)
+    if random:
+        print("synthetic: random weights" + _imposed(values))
     if values.roofline:
         measured = _roofline(model, encoded[0], values)
         print(roofline.describe(measured))
@@ -100,6 +137,18 @@ def main(values: flags.FlagValues) -> None:
     if output is not None:
         records.append_rows(output, [row | {"config": config} for row in rows])
         print(f"{len(rows)} rows -> {output}")
+
+
+def _random_model(values: flags.FlagValues) -> random_model.RandomModel:
+    dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return random_model.load(
+        values.random_weights,
+        scheme=values.scheme,
+        group_size=values.group_size,
+        dtype=dtype,
+        backend=values.backend,
+        dequantize=values.dequantize,
+    )
 
 
 def _roofline(model: specjax.LanguageModel, prompt: list[int], values: flags.FlagValues) -> dict:
@@ -138,10 +187,24 @@ def _config(values: flags.FlagValues, model: specjax.LanguageModel) -> dict[str,
         "backend": values.backend,
         "dequantize": values.dequantize,
         **common.options(values),
-        "prompts_file": Path(values.prompts_file).name,
+        "prompts_file": None if values.prompts_file is None else Path(values.prompts_file).name,
+        **_random_config(values),
         "repeats": values.repeats,
         "environment": environment.record(),
     }
+
+
+def _imposed(values: flags.FlagValues) -> str:
+    mean = values.synthetic_acceptance
+    return "" if mean is None else f", acceptance length {mean} imposed where something is drafted"
+
+
+def _random_config(values: flags.FlagValues) -> dict[str, Any]:
+    """What was random or imposed; nothing for real models."""
+    if values.random_weights is None:
+        return {}
+    names = ("random_weights", "group_size", "prompt_tokens", "synthetic_acceptance")
+    return {"synthetic": True, **{name: values[name].value for name in names}}
 
 
 def measure(
@@ -192,6 +255,7 @@ def total_metrics(groups: Sequence[Sequence[specjax.GenerationResult]]) -> dict[
         compile_ms=sum(metrics.compile_ms for metrics in longest),
         batch_size=each[0].batch_size,
         new_tokens=sum(metrics.new_tokens for metrics in each),
+        lossless=each[0].lossless,
     )
     # Every request's first token is prefill's.
     decoded = total.new_tokens - len(each)
@@ -264,7 +328,7 @@ def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = N
         quartiles = row["tokens_per_s_quartiles"]
         equal, count = row["outputs_equal_to_none"], row["num_prompts"]
         table.add_row(
-            row["drafter"],
+            row["drafter"] + ("" if row["lossless"] else " (lossy)"),
             _number(row["tokens_per_s"], ".1f"),
             "-" if quartiles is None else f"{quartiles[0]:.1f} - {quartiles[1]:.1f}",
             _number(row["speedup"], ".2f"),

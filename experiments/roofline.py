@@ -130,7 +130,7 @@ def measure(
     """
     request = engine.Request(request_id=0, input_ids=input_ids, max_new_tokens=new_tokens)
     greedy = sampling.sampling()
-    planner = engine.Engine(model.module, NoDraft(), verify.acceptor("auto", True), greedy)
+    planner = engine.Engine(model.module, NoDraft(), verify.acceptor("lossless", True), greedy)
     capacity, _ = planner.plan([request])
     stream, bare = StreamingRead(megabytes), BareDecoding(model, input_ids, capacity)
 

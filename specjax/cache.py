@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from specjax.config import ModelConfig
+from specjax.pallas.glue import api as glue
 
 # Up to this batch size rows are written one after the other (each in place); above it one scatter writes them all.
 _UNROLLED_BATCH = 8
@@ -68,6 +69,10 @@ def compact(cache: KVCache, start: Int[Array, "B"], path: Int[Array, "B P"]) -> 
     The rows are gathered before any is written (source and destination overlap). Entries of `path` beyond the accepted
     length may be any node: what they move lies beyond the new length.
     """
+    moved = glue.move_rows([*cache.keys, *cache.values], start, path)
+    if moved is not None:
+        count = len(cache.keys)
+        return KVCache(keys=tuple(moved[:count]), values=tuple(moved[count:]))
     slots = (start[:, None] + path)[:, None, :, None]
 
     def move(buffer):

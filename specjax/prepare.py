@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from specjax.errors import ConfigError
 from specjax.models.layers import MLP, Attention, DecoderLayer
 from specjax.models.llama import Llama, LlamaModel
-from specjax.pallas import dispatch
-from specjax.quant import view
+from specjax.pallas import device, dispatch
+from specjax.quant import packed_linear, view
 from specjax.quant.linear import QuantizedLinear
+from specjax.quant.packed_linear import PackedLinear
 
 Dequantize = Literal["auto", "load", "never"]
 
@@ -32,6 +33,7 @@ class Preparation:
     weights is a policy of the backend: XLA has no kernel that multiplies 4-bit codes well, so on CPUs ("auto", "load")
     weight-only linears become dense in the compute dtype, and linears with integer activations keep their integer
     arithmetic over decoded int8 codes. "never" keeps the codes; other schemes can then be viewed over the same arrays.
+    Where there is a GPU that the kernels support, codes are packed as these read them (unless the backend is another).
 
     Raises:
         ConfigError: unknown backend or policy.
@@ -40,19 +42,29 @@ class Preparation:
     def __init__(self, backend: dispatch.Backend, dequantize: Dequantize, dtype):
         if dequantize not in ("auto", "load", "never"):
             raise ConfigError(f"{dequantize=}: supported are auto, load, never")
-        on_cpu = backend in ("auto", "xla") and jax.default_backend() == "cpu"
+        gpu = device.current()
+        no_gpu = gpu is None and jax.default_backend() == "cpu"
+        on_cpu = backend in ("auto", "xla") and no_gpu
+        self._packs = backend in ("auto", "mosaic") and gpu is not None
         self._at_load = dequantize == "load" or (dequantize == "auto" and on_cpu)
         self._backend, self._dtype = backend, dtype
 
     def linear(self, linear):
         """A linear, or a module around one, in run-time form; None stays None."""
-        linear = view.with_backend(linear, self._backend)
-        return jax.tree.map(
-            self._runtime, linear, is_leaf=lambda node: isinstance(node, QuantizedLinear)
-        )
+        return self._packed(self._decoded(linear))
 
-    def _runtime(self, node):
-        if not isinstance(node, QuantizedLinear) or not self._at_load:
+    def _decoded(self, linear):
+        """The linear with its codes decoded, if the policy says so."""
+        return _map_quantized(self._decode, view.with_backend(linear, self._backend))
+
+    def _packed(self, linear):
+        """The linear with its codes packed, if the kernels can run it."""
+        if not self._packs or self._at_load:
+            return linear
+        return _map_quantized(packed_linear.pack, linear)
+
+    def _decode(self, node: QuantizedLinear):
+        if not self._at_load:
             return node
         if node.scheme.activations is None:
             return view.dequantized(node, self._dtype)
@@ -65,6 +77,8 @@ class Preparation:
             Attention(
                 attention.config,
                 o_proj=self.linear(attention.o_proj),
+                # There is no Triton kernel of attention: it takes what suits it.
+                backend="auto" if self._backend == "triton" else self._backend,
                 **self._fused(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
             ),
             MLP(
@@ -80,9 +94,20 @@ class Preparation:
         fused = getattr(module, fused_name)
         if fused is not None:
             return {fused_name: self.linear(fused)}
-        parts = {name: self.linear(getattr(module, name)) for name in names}
+        parts = {name: self._decoded(getattr(module, name)) for name in names}
         fused = view.fuse(tuple(parts.values()))
-        return parts if fused is None else {fused_name: fused}
+        if fused is not None:
+            return {fused_name: self._packed(fused)}
+        return {name: self._packed(part) for name, part in parts.items()}
+
+
+def _map_quantized(change, module):
+    """Applies `change` to the quantized linears of a module; a linear is a module too."""
+    return jax.tree.map(
+        lambda node: change(node) if isinstance(node, QuantizedLinear) else node,
+        module,
+        is_leaf=lambda node: isinstance(node, QuantizedLinear | PackedLinear),
+    )
 
 
 def weight_bytes(model) -> int:

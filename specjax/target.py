@@ -1,5 +1,7 @@
 """The target's two passes: over a chunk of prompts and over a draft tree."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +11,10 @@ from specjax import tree as trees
 from specjax.cache import KVCache
 from specjax.models import layers
 from specjax.models.llama import ForwardOutput, Llama
+from specjax.pallas import device
 from specjax.tree import Tree
+
+_GPU_ROWS = 8
 
 
 def forward_chunk(
@@ -43,21 +48,39 @@ def forward_tree(
     return *outputs, tree
 
 
+def padded_nodes(count: int) -> int:
+    """Rows that a block of `count` nodes takes: what the matrix instructions of GPUs take at once; as many on CPUs.
+
+    The rows behind the nodes write junk to the slots behind theirs.
+    """
+    return count if device.current() is None else -(-count // _GPU_ROWS) * _GPU_ROWS
+
+
 def _score(model: Llama, tree: Tree, cache: KVCache, lengths, needs):
     """Logits, features and cache of a pass over all nodes."""
     capture = needs if isinstance(needs, tuple) else ()
+    count = tree.num_nodes
+    spare = padded_nodes(count) - count
+    tokens = jnp.pad(tree.tokens, ((0, 0), (0, spare))) if spare else tree.tokens
     if tree.is_chain:
-        block = layers.causal_block(tree.tokens, lengths)
+        block = layers.causal_block(tokens, lengths)
     else:
         mask = trees.ancestor_mask(tree)
+        depths = trees.depths(mask)
+        if spare:
+            mask = jnp.pad(mask, ((0, 0), (0, spare), (0, spare)))
+            depths = jnp.pad(depths, ((0, 0), (0, spare)))
         block = layers.Block(
-            tokens=tree.tokens,
-            positions=lengths[:, None] + trees.depths(mask),
+            tokens=tokens,
+            positions=lengths[:, None] + depths,
             start=lengths,
             prefix=lengths,
             tail=mask,
         )
     out = model(block, cache, capture)
+    if spare:
+        rows = out.hidden[:, :count], tuple(x[:, :count] for x in out.captured)
+        out = replace(out, hidden=rows[0], captured=rows[1])
     return model.logits(out.hidden), _features(out, needs), out.cache
 
 

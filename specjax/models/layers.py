@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax import cache as kv
 from specjax.config import ModelConfig, RopeConfig
-from specjax.pallas import matmul_dense
+from specjax.pallas import dispatch, matmul_dense
+from specjax.pallas.glue import api as glue
+from specjax.pallas.glue import parts
 from specjax.pallas.tree_attention import api as attention_op
 
 
@@ -125,8 +127,9 @@ class Attention(nnx.Module):
         k_proj=None,
         v_proj=None,
         qkv_proj=None,
+        backend: dispatch.Backend = "auto",
     ):
-        self.config = config
+        self.config, self.backend = config, backend
         self.q_proj, self.k_proj, self.v_proj, self.qkv_proj = q_proj, k_proj, v_proj, qkv_proj
         self.o_proj = o_proj
 
@@ -143,15 +146,31 @@ class Attention(nnx.Module):
         return tuple(part.reshape(batch, rows, -1, config.head_dim) for part in parts)
 
     def __call__(self, x: Float[Array, "B T D"], block: Block, rope, keys, values):
-        """Returns (output [B, T, D], keys, values)."""
+        """Returns (output [B, T, D], perhaps in parts; keys, values)."""
+        if self.qkv_proj is not None:
+            projected = parts.product(self.qkv_proj, x)
+            if glue.can_rotate_and_write(projected, keys, self.backend) and (
+                attention_op.kernel_takes(projected, keys, block.tail)
+            ):
+                out, keys, values = attention_op.project_and_attend(
+                    *(projected, rope, keys, values),
+                    start=block.start,
+                    prefix=block.prefix,
+                    tail=block.tail,
+                )
+                return parts.product(self.o_proj, out.reshape(*x.shape[:2], -1)), keys, values
         q, k, v = self.project_qkv(x)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         keys = kv.write_rows(keys, k.swapaxes(1, 2).astype(keys.dtype), block.start)
         values = kv.write_rows(values, v.swapaxes(1, 2).astype(values.dtype), block.start)
         out = attention_op.tree_attention(
-            q, keys, values, start=block.start, prefix=block.prefix, tail=block.tail
+            *(q, keys, values),
+            start=block.start,
+            prefix=block.prefix,
+            tail=block.tail,
+            backend=self.backend,
         )
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), keys, values
+        return parts.product(self.o_proj, out.reshape(*x.shape[:2], -1)), keys, values
 
 
 class MLP(nnx.Module):
@@ -161,13 +180,14 @@ class MLP(nnx.Module):
         self.gate_proj, self.up_proj, self.gate_up_proj = gate_proj, up_proj, gate_up_proj
         self.down_proj = down_proj
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"]):
+        """Output [B, T, D], perhaps in parts."""
         if self.gate_up_proj is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         gated = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return self.down_proj(gated.astype(x.dtype))
+        return parts.product(self.down_proj, gated.astype(x.dtype))
 
 
 class DecoderLayer(nnx.Module):
@@ -186,7 +206,19 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], block: Block, rope, keys, values):
         """Returns (output [B, T, D], keys, values)."""
-        normed = x if self.input_layernorm is None else self.input_layernorm(x)
+        x, added, keys, values = self.residual(x, None, block, rope, keys, values)
+        return x + parts.value(added), keys, values
+
+    def residual(self, x: Float[Array, "B T D"], added, block: Block, rope, keys, values):
+        """The layer over x + added; returns (x, what is to be added to it, keys, values).
+
+        What is added last stays apart so that the next norm can add it in the same launch; None is nothing.
+        """
+        backend = self.self_attn.backend
+        if self.input_layernorm is None:
+            x = normed = x if added is None else x + parts.value(added)
+        else:
+            x, normed = glue.residual_norm(x, added, self.input_layernorm, backend)
         attended, keys, values = self.self_attn(normed, block, rope, keys, values)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+        x, normed = glue.residual_norm(x, attended, self.post_attention_layernorm, backend)
+        return x, self.mlp(normed), keys, values

@@ -91,21 +91,8 @@ class QuantizedLinear:
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         """x W^T + bias in the dtype of x, with x rounded as the scheme says."""
-        spec, bits = self.scheme.activations, self.scheme.weights.bits
-        if self.perm is not None:
-            x = jnp.take(x, self.perm, axis=-1)
-        if spec is None:
-            return _WEIGHT_ONLY[bits](x, self, bias=self.bias, backend=self.backend)
         groups = None if self.minima is None else self.minima.shape[1]
-        rows = activations.quantize(x, spec, groups)
-        matmul = _QUANTIZED[spec.kind, bits, spec.bits]
-        return matmul(
-            *(rows.codes, rows.scale, self),
-            x_sums=rows.sums,
-            bias=self.bias,
-            out_dtype=x.dtype,
-            backend=self.backend,
-        )
+        return product(self, self, groups, x)
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "N K"]:
         """The weight in floats, rounded once to `dtype`; inputs in their original order."""
@@ -145,6 +132,29 @@ class QuantizedLinear:
                     f"{name}: perm is not a permutation of the {self.in_features} input features"
                 )
         return self
+
+
+def product(linear, weight, groups: int | None, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+    """x W^T + bias in the dtype of x, for a `linear` whose codes are `weight`, in whatever form the ops take.
+
+    Args:
+        linear: has scheme, perm, bias and backend.
+        groups: of the weight's minima; None where it has none.
+    """
+    spec, bits = linear.scheme.activations, linear.scheme.weights.bits
+    if linear.perm is not None:
+        x = jnp.take(x, linear.perm, axis=-1)
+    if spec is None:
+        return _WEIGHT_ONLY[bits](x, weight, bias=linear.bias, backend=linear.backend)
+    rows = activations.quantize(x, spec, groups)
+    matmul = _QUANTIZED[spec.kind, bits, spec.bits]
+    return matmul(
+        *(rows.codes, rows.scale, weight),
+        x_sums=rows.sums,
+        bias=linear.bias,
+        out_dtype=x.dtype,
+        backend=linear.backend,
+    )
 
 
 _STATIC = ("scheme", "group_size", "backend")

@@ -11,16 +11,17 @@ from specjax import errors
 from specjax.models.layers import Linear
 from specjax.pallas import dispatch, weights
 from specjax.quant.linear import QuantizedLinear
+from specjax.quant.packed_linear import PackedLinear
 from specjax.quant.scheme import Scheme, WeightSpec, lookup
 
 _ARRAYS_ALONG_N = ("codes", "scales", "zeros", "minima", "channel_scales", "bias")
 
 
 def _is_quantized(node: Any) -> bool:
-    return isinstance(node, QuantizedLinear)
+    return isinstance(node, QuantizedLinear | PackedLinear)
 
 
-def quantized_linears(module: Any) -> list[tuple[str, QuantizedLinear]]:
+def quantized_linears(module: Any) -> list[tuple[str, QuantizedLinear | PackedLinear]]:
     """Quantized linears of a pytree with paths such as `model.layers.0.mlp.up_proj`."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_quantized)
     return [(_path(path), node) for path, node in nodes if _is_quantized(node)]
@@ -138,7 +139,7 @@ def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinea
     """
     if all(isinstance(linear, Linear) for linear in linears):
         return _fuse_dense(linears)
-    if not all(_is_quantized(linear) for linear in linears):
+    if not all(isinstance(linear, QuantizedLinear) for linear in linears):
         return None
     first = linears[0]
     if any(_form(linear) != _form(first) for linear in linears):

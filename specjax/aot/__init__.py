@@ -1,0 +1,1 @@
+"""Compiling for a GPU that is not there: kernels and whole programs, on a machine with CPUs only."""

@@ -1,0 +1,108 @@
+"""The run-time form of a quantized linear where there is a GPU that the kernels support."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from specjax.pallas import device, dispatch
+from specjax.pallas.glue.parts import Parts
+from specjax.pallas.mosaic import implementations, packed
+from specjax.quant import linear as canonical
+from specjax.quant.linear import QuantizedLinear
+from specjax.quant.scheme import ActivationSpec, Scheme
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PackedLinear:
+    """y = x W^T + bias with W as the kernels read it.
+
+    Attributes:
+        weight: tiled, columns permuted.
+        perm: codes[:, j] belongs to input perm[j], as in `QuantizedLinear`.
+        bias: floats.
+        scheme: static.
+        backend: static; which implementation of the op runs it.
+    """
+
+    weight: packed.PackedWeight
+    perm: Int[Array, "K"] | None = None
+    bias: Float[Array, "N"] | None = None
+    scheme: Scheme = dataclasses.field(metadata=dict(static=True))
+    backend: dispatch.Backend = dataclasses.field(default="auto", metadata=dict(static=True))
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.in_features
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        """x W^T + bias in the dtype of x, with x rounded as the scheme says."""
+        groups = None
+        if self.weight.minima is not None:
+            groups = self.in_features // self.weight.group_size
+        return canonical.product(self, self.weight, groups, x)
+
+    def parts(self, x: Float[Array, "... K"]) -> Parts | None:
+        """The product before its parts are added, for kernels that add them; None where it has no such form here."""
+        supported = device.unsupported(implementations.ARCHS) is None
+        mine = self.backend in ("auto", "mosaic") and x.dtype in (jnp.float16, jnp.bfloat16)
+        plain = self.scheme.activations is None and self.bias is None
+        rows = math.prod(x.shape[:-1])
+        if not (supported and mine and plain) or rows > implementations.MAX_ROWS:
+            return None
+        from specjax.pallas.mosaic import matmul
+
+        if self.perm is not None:
+            x = jnp.take(x, self.perm, axis=-1)
+        bits = self.scheme.weights.bits
+        sums = matmul.float_parts(
+            x.reshape(rows, -1),
+            self.weight,
+            name=f"matmul_w{bits}a16",
+            arch=device.current().arch,
+        )
+        shape = (*x.shape[:-1], self.out_features)
+        return None if sums is None else Parts(sums=sums, shape=shape, dtype=x.dtype)
+
+    def with_activations(self, spec: ActivationSpec | None) -> "PackedLinear":
+        """The same arrays (not copied) under another rounding of the inputs.
+
+        Raises:
+            ConfigError: the codes cannot be multiplied by such activations.
+        """
+        scheme = Scheme(weights=self.scheme.weights, activations=spec)
+        return dataclasses.replace(self, scheme=scheme)
+
+    def with_backend(self, backend: dispatch.Backend) -> "PackedLinear":
+        """The same arrays (not copied) run by another implementation."""
+        return dataclasses.replace(self, backend=backend)
+
+
+nnx.register_data_type(PackedLinear)
+
+
+def operand_bits(scheme: Scheme) -> int:
+    """Bits of the inputs that the kernel multiplies: 16, or 8 for all integers."""
+    return 16 if scheme.activations is None else 8
+
+
+def pack(linear: QuantizedLinear) -> PackedLinear | QuantizedLinear:
+    """The packed form; the linear itself where it has none (`packed.refuses` says why)."""
+    bits = operand_bits(linear.scheme)
+    if packed.refuses(linear, bits) is not None:
+        return linear
+    return PackedLinear(
+        weight=packed.pack(linear, bits),
+        perm=linear.perm,
+        bias=linear.bias,
+        scheme=linear.scheme,
+        backend=linear.backend,
+    )
