@@ -34,7 +34,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, random_model, records, roofline
+from experiments import common, environment, random_model, records, roofline, tables
 from specjax.aot import shapes
 from specjax.drafters import registry
 from specjax.errors import ConfigError
@@ -329,19 +329,15 @@ def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = N
         equal, count = row["outputs_equal_to_none"], row["num_prompts"]
         table.add_row(
             row["drafter"] + ("" if row["lossless"] else " (lossy)"),
-            _number(row["tokens_per_s"], ".1f"),
+            tables.number(row["tokens_per_s"], ".1f"),
             "-" if quartiles is None else f"{quartiles[0]:.1f} - {quartiles[1]:.1f}",
-            _number(row["speedup"], ".2f"),
-            _number(row["mean_acceptance_length"], ".2f"),
+            tables.number(row["speedup"], ".2f"),
+            tables.number(row["mean_acceptance_length"], ".2f"),
             str(row["num_spec_steps"]),
             str(row["new_tokens"]),
             "yes" if equal == count else f"no ({equal} of {count})",
         )
     console.print(table)
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 import specjax
-from experiments import bench_decode, common, environment, records
+from experiments import bench_decode, common, environment, records, tables
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
 
@@ -237,19 +237,15 @@ def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = N
         equal, count = row["outputs_equal_to_target"], row["num_prompts"]
         table.add_row(
             row["method"] + ("" if row["lossless"] else " (lossy)"),
-            _number(row["tokens_per_s"], ".1f"),
+            tables.number(row["tokens_per_s"], ".1f"),
             "-" if quartiles is None else f"{quartiles[0]:.1f} - {quartiles[1]:.1f}",
-            _number(row["speedup"], ".2f"),
-            _number(row["mean_acceptance_length"], ".2f"),
-            _number(row["draft_acceptance_rate"], ".3f"),
-            _number(row["system_efficiency"], ".3f"),
+            tables.number(row["speedup"], ".2f"),
+            tables.number(row["mean_acceptance_length"], ".2f"),
+            tables.number(row["draft_acceptance_rate"], ".3f"),
+            tables.number(row["system_efficiency"], ".3f"),
             "yes" if equal == count else f"no ({equal} of {count})",
         )
     console.print(table)
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 def ratios(summaries: Sequence[dict[str, Any]]) -> list[str]:

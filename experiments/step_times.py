@@ -12,7 +12,7 @@ cache rows, the drafter's own bookkeeping) and one with the passes ("record": "v
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from specjax.drafters.base import Chunk
 from specjax.errors import ConfigError
 from specjax.tree import Tree
 
+PARTS = ("propose", "verify", "step")
 _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
 
 
@@ -87,7 +88,7 @@ def _sizes(texts: list[str]) -> list[int]:
 
 
 def _rows(times: dict[str, float], weights, spec, num_nodes: int, sizes) -> list[dict[str, Any]]:
-    parts = {f"{name}_ms": times[name] for name in ("propose", "verify", "step")}
+    parts = {f"{name}_ms": times[name] for name in PARTS}
     return [
         {
             "record": "step_times",
@@ -126,34 +127,45 @@ def prefilled(module, drafter, prompt: list[int], batch: int, num_nodes: int) ->
     )
 
 
-def measure(module, drafter, state, sizes: list[int], repeats: int) -> dict[str, float]:
-    """Median milliseconds of "propose", "verify", "step" and of "T(n)" for every size."""
+def measure(
+    module, drafter, state, sizes: list[int], repeats: int, parts: Sequence[str] = PARTS
+) -> dict[str, float]:
+    """Median milliseconds of the `parts` of a step, and of "T(n)" for every size.
+
+    Args:
+        parts: of "propose", "verify" (of the drafter's own tree) and "step".
+    """
     greedy, acceptor = sampling.sampling(), verify.acceptor("lossless", True)
     never = jnp.asarray([-1], jnp.int32)
 
-    def propose(module, state):
+    def propose(models, state):
+        module, drafter = models
         return drafter.propose(
             module, state.cache, state.draft, state.root, state.lengths, state.keys, greedy
         )
 
-    def step(module, state):
-        return decode.step(module, drafter, state, never, greedy, acceptor)
+    def step(models, state):
+        return decode.step(*models, state, never, greedy, acceptor)
 
-    def scored(module, state, tree):
+    def scored(models, state, tree):
+        module, drafter = models
         logits, features, cache, _ = target.forward_tree(
             module, tree, state.cache, state.lengths, drafter.needs
         )
         return jnp.argmax(logits, -1), features, cache
 
-    proposed = jax.block_until_ready(jax.jit(propose)(module, state))
-    trees = {f"T({size})": _path(state.root, size) for size in sizes}
-    works = {"propose": (propose, ()), "verify": (scored, (proposed.tree,)), "step": (step, ())}
-    works |= {name: (scored, (tree,)) for name, tree in trees.items()}
-    return _medians(works, module, state, repeats)
+    # Weights are arguments: closed over, they would become constants of the program.
+    models = (module, drafter)
+    works: dict[str, tuple[Callable, tuple]] = {"propose": (propose, ()), "step": (step, ())}
+    if "verify" in parts:
+        works["verify"] = (scored, (jax.jit(propose)(models, state).tree,))
+    works = {name: works[name] for name in PARTS if name in parts}
+    works |= {f"T({size})": (scored, (_path(state.root, size),)) for size in sizes}
+    return _medians(works, models, state, repeats)
 
 
-def _medians(works: dict[str, tuple[Callable, tuple]], module, state, repeats: int):
-    """Median milliseconds of functions of (module, state, ...), which take turns; the state is donated."""
+def _medians(works: dict[str, tuple[Callable, tuple]], models, state, repeats: int):
+    """Median milliseconds of functions of (models, state, ...), which take turns; the state is donated."""
     programs = {name: jax.jit(work, donate_argnums=1) for name, (work, _) in works.items()}
     taken: dict[str, list[float]] = {name: [] for name in works}
     bar = tqdm(total=(repeats + 1) * len(works), unit="run", disable=None)
@@ -165,7 +177,7 @@ def _medians(works: dict[str, tuple[Callable, tuple]], module, state, repeats: i
                 # The copy that is donated is made before the clock starts, as the loop needs none.
                 own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
                 begin = time.perf_counter()
-                jax.block_until_ready(programs[name](module, own, *arguments))
+                jax.block_until_ready(programs[name](models, own, *arguments))
                 if repeat:  # the first one compiles
                     taken[name].append((time.perf_counter() - begin) * 1e3)
                 bar.update()

@@ -9,24 +9,17 @@ of nodes and the depth, or no drafting at all. Works for drafters with `num_node
 """
 
 import json
-import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import common, environment, records
-from specjax import cache as kv
-from specjax import sampling, tuning
-from specjax import target as passes
-from specjax import tree as trees
+from experiments import common, environment, records, step_times
+from specjax import tuning
 from specjax.drafters import registry
-from specjax.drafters.base import Chunk
 from specjax.errors import ConfigError
 
 _PROMPTS = Path(__file__).resolve().parent / "presets" / "demo.jsonl"
@@ -61,19 +54,17 @@ def main(values: flags.FlagValues) -> None:
     prompts = records.read_prompts(values.prompts_file)[: values.limit]
     model = common.load_model(values, [base])
     encoded = records.encode(model, prompts, values.prompts_file, None)
-    longest = max(encoded, key=len)
+    prompt = max(encoded, key=len)
     verify_ms, propose_ms, acceptance = {}, {}, {}
-    with tqdm(total=2 * len(sizes) + 1, unit="measurement") as bar:
-        verify_ms[1] = _time_verify(model, longest, 1, values.repeats)
-        bar.update()
+    with tqdm(total=2 * len(sizes), unit="measurement") as bar:
         for size, spec in specs.items():
-            verify_ms[size] = _time_verify(model, longest, size, values.repeats)
-            depths = {1, spec["draft_depth"]}
-            propose_ms[size] = {
-                depth: _time_propose(model, spec | {"draft_depth": depth}, longest, values.repeats)
-                for depth in sorted(depths)
-                if size <= _largest(spec | {"draft_depth": depth})
-            }
+            rows = [size] if verify_ms else [1, size]
+            verify, drafting = _times(model, spec, rows, prompt, values.repeats)
+            verify_ms |= verify
+            propose_ms[size] = {spec["draft_depth"]: drafting}
+            shallow = spec | {"draft_depth": 1}
+            if shallow != spec and size <= _largest(shallow):
+                propose_ms[size][1] = _times(model, shallow, [], prompt, values.repeats)[1]
             bar.update()
             acceptance[size] = _accepted(model, spec, encoded, values.max_new_tokens)
             bar.update()
@@ -122,66 +113,14 @@ def _largest(spec: dict) -> int:
     return 1 + spec["topk"] + (spec["draft_depth"] - 1) * spec["topk"] ** 2
 
 
-def _median_ms(call, repeats: int) -> float:
-    """Median time of `call`, which takes and returns what it carries from one call to the next."""
-    carried = jax.block_until_ready(call(None))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        carried = jax.block_until_ready(call(carried))
-        times.append((time.perf_counter() - begin) * 1e3)
-    return float(np.median(times))
-
-
-def _prefilled(model, tokens: list[int], needs):
-    """Cache, first token and features after the target's pass over `tokens`, with room for a tree."""
-    module = model.module
-    ids = jnp.asarray([tokens], jnp.int32)
-    cache = kv.init(module.config, 1, len(tokens) + 256, module.dtype)
-    run = jax.jit(passes.forward_chunk, static_argnames="needs")
-    out, features = run(module, ids, jnp.zeros((1,), jnp.int32), cache, needs)
-    root = jnp.argmax(module.logits(out.hidden[:, -1]), axis=-1).astype(jnp.int32)
-    return ids, out.cache, root, features
-
-
-def _time_verify(model, tokens: list[int], size: int, repeats: int) -> float:
-    """Time of the target's pass over a tree of `size` nodes behind `tokens`."""
-    _, cache, root, _ = _prefilled(model, tokens, None)
-    lengths = jnp.full((1,), len(tokens), jnp.int32)
-    tree = trees.chain(root, jnp.zeros((1, size - 1), jnp.int32))
-
-    def verify(module, cache):
-        logits, _, cache, _ = passes.forward_tree(module, tree, cache, lengths, None)
-        return jnp.argmax(logits, axis=-1), cache
-
-    run = jax.jit(verify, donate_argnames="cache")
-    return _median_ms(
-        lambda carried: run(model.module, cache if carried is None else carried[1]), repeats
-    )
-
-
-def _time_propose(model, spec: dict, tokens: list[int], repeats: int) -> float:
-    """Time of drafting behind `tokens`."""
+def _times(
+    model, spec: dict, rows: list[int], prompt: list[int], repeats: int
+) -> tuple[dict[int, float], float]:
+    """Milliseconds of the target's passes over so many rows, and of drafting, behind `prompt`."""
     drafter, module = model.drafter(spec), model.module
-    ids, cache, root, features = _prefilled(model, tokens, drafter.needs)
-    lengths = jnp.full((1,), len(tokens), jnp.int32)
-    chunk = Chunk(
-        tokens=ids,
-        next_tokens=jnp.roll(ids, -1, axis=1),
-        start=jnp.zeros((1,), jnp.int32),
-        valid=lengths,
-        features=features,
-    )
-    state = drafter.init(module, 1, len(tokens) + 256)
-    state = jax.jit(lambda d, m, s, c: d.prefill(m, s, c))(drafter, module, state, chunk)
-    keys = jnp.zeros((1, 2), jnp.uint32)
-
-    @jax.jit
-    def propose(drafter, module, cache, state):
-        proposal = drafter.propose(module, cache, state, root, lengths, keys, sampling.sampling())
-        return proposal.tree
-
-    return _median_ms(lambda _: propose(drafter, module, cache, state), repeats)
+    state = step_times.prefilled(module, drafter, prompt, 1, max(rows, default=1))
+    times = step_times.measure(module, drafter, state, rows, repeats, parts=("propose",))
+    return {count: times[f"T({count})"] for count in rows}, times["propose"]
 
 
 def _accepted(model, spec: dict, prompts, max_new_tokens: int) -> list[int]:

@@ -5,7 +5,6 @@ left out costs acceptance and nothing else.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from specjax.checkpoints import writer
 from specjax.errors import ConfigError
 
 FILE_NAME = "token_frequencies.json"
@@ -102,13 +102,7 @@ def from_merges(model: Any) -> TokenRanking:
 def write(ranking: TokenRanking, path: Path) -> None:
     """Writes a ranking as JSON, all or nothing."""
     row = {"format": "specjax-token-frequencies", "version": _VERSION, **vars(ranking)}
-    draft = path.with_name(path.name + ".partial")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(row, file)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    writer.replace_json(path, row)
 
 
 def read(path: Path, model: Any) -> TokenRanking:

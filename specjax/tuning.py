@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from specjax.checkpoints import writer
 from specjax.errors import ConfigError
 
 _FORMAT = "specjax-tuned"
@@ -92,9 +93,7 @@ def write(
     """Writes the drafter to use (`spec`), the prediction, the measurements and where they are from."""
     content = {"format": _FORMAT, "drafter": spec, "predicted": asdict(choice)}
     content |= {"costs": asdict(costs), **facts}
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    writer.replace_json(path, content, indent=1)
 
 
 def read(path: Path) -> dict[str, Any]:

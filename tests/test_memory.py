@@ -123,20 +123,7 @@ PRODUCT = [
 def test_decoding_keeps_its_caches_in_place(name, batch):
     target = jax.eval_shape(lambda: prepare(llama.build(tiny.ZeroCheckpoint(CONFIG), jnp.float32)))
     proposer = drafter(name, target)
-    state = jax.eval_shape(
-        lambda model, proposer: decoding.init_state(model, proposer, batch, CAPACITY, 64),
-        target,
-        proposer,
-    )
-    compiled = Programs().decode.compiled(
-        target=target,
-        drafter=proposer,
-        state=state,
-        stop_ids=jnp.asarray([-1], jnp.int32),
-        max_steps=jnp.int32(1),
-        sampling=sample.sampling(),
-        acceptor=verify.Greedy(),
-    )
+    state, compiled = abstract(proposer, target, batch)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     cache = num_bytes(state.cache)
     layer = cache // CONFIG.num_layers

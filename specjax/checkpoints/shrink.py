@@ -8,11 +8,10 @@ from specjax.errors import ConfigError
 from specjax.models.eagle import EagleHead
 from specjax.models.eagle3 import Eagle3Head
 from specjax.models.layers import Linear
-from specjax.models.llama import Llama
+from specjax.models.llama import Llama, dense_weight
 from specjax.prepare import Preparation
 from specjax.quant import rtn
 from specjax.quant import scheme as schemes
-from specjax.quant.linear import QuantizedLinear
 
 SCHEMES = ("w8a16",)
 
@@ -21,18 +20,9 @@ def output_rows(
     head: EagleHead, target: Llama, ids: Int[Array, "U"] | None = None
 ) -> Float[Array, "U D"]:
     """Rows `ids` (None: all) of the matrix that turns the head's features into logits, in the compute dtype."""
-    own = target.lm_head if head.lm_head is None else head.lm_head
-    if own is None:
-        table = target.model.embed_tokens.weight[...]
-    elif isinstance(own, Linear):
-        table = own.weight[...]
-    elif isinstance(own, QuantizedLinear):
-        table = own.dequantize(target.dtype)
-    else:
-        raise ConfigError(
-            f"vocabulary and scheme of a draft head need an output head that is one matrix, not "
-            f"{type(own).__name__}; load the target with dequantize='load', or leave these options out"
-        )
+    table = (
+        target.output_weight() if head.lm_head is None else dense_weight(head.lm_head, target.dtype)
+    )
     return (table if ids is None else jnp.take(table, ids, axis=0)).astype(target.dtype)
 
 

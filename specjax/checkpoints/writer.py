@@ -187,6 +187,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         sync(stream)
 
 
+def replace_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Writes an object as JSON beside `path` and gives it that name once it is on the disk."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as stream:
+        stream.write((json.dumps(content, indent=indent) + "\n").encode())
+        sync(stream)
+    os.replace(temporary, path)
+
+
 def sync(stream: BinaryIO) -> None:
     """Flushes a file through to the disk."""
     stream.flush()

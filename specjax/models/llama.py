@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from specjax import cache as kv
 from specjax.config import ModelConfig
+from specjax.errors import ConfigError
 from specjax.models import layers as nn
 from specjax.models.layers import Block
 from specjax.pallas import matmul_dense
 from specjax.pallas.glue import api as glue
 from specjax.pallas.glue import parts
 from specjax.quant import view
+from specjax.quant.linear import QuantizedLinear
 
 
 @jax.tree_util.register_dataclass
@@ -89,12 +91,14 @@ class Llama(nnx.Module):
         return self.lm_head(hidden).astype(jnp.float32)
 
     def output_weight(self) -> Float[Array, "V D"]:
-        """The output head's matrix in the compute dtype; dequantized if it has codes."""
+        """The output head's matrix in the compute dtype; dequantized if it has codes.
+
+        Raises:
+            ConfigError: see `dense_weight`.
+        """
         if self.lm_head is None:
             return self.model.embed_tokens.weight[...]
-        if isinstance(self.lm_head, nn.Linear):
-            return self.lm_head.weight[...]
-        return self.lm_head.dequantize(self.dtype)
+        return dense_weight(self.lm_head, self.dtype)
 
     def with_scheme(self, scheme: str) -> "Llama":
         """The same weights under another activation scheme; no array is copied (see `specjax.quant.view`).
@@ -111,6 +115,22 @@ def full_logits(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"
     cache = kv.init(model.config, batch, length, model.dtype)
     block = nn.causal_block(tokens, jnp.zeros((batch,), jnp.int32))
     return model.logits(model(block, cache).hidden)
+
+
+def dense_weight(linear, dtype) -> Float[Array, "N K"]:
+    """The matrix of a linear, dequantized if it has codes.
+
+    Raises:
+        ConfigError: its form has none (projected in a rotated basis, or packed for kernels).
+    """
+    if isinstance(linear, nn.Linear):
+        return linear.weight[...].astype(dtype)
+    if not isinstance(linear, QuantizedLinear):
+        raise ConfigError(
+            f"a draft head needs an output head that is one matrix, not {type(linear).__name__}; "
+            "load the target with dequantize='load'"
+        )
+    return linear.dequantize(dtype)
 
 
 def build(

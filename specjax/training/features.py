@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax import cache as kv
 from specjax import target as passes
+from specjax.checkpoints import writer
 from specjax.models.llama import Llama
 from specjax.training import batches
 from specjax.training.text import Example
@@ -63,7 +64,7 @@ class FeatureStore:
             if index >= self._state["finished_batches"]:
                 self._fill(target, width, rows)
                 self._state["finished_batches"] = index + 1
-                _replace_json(self._marker, self._state)
+                writer.replace_json(self._marker, self._state)
             progress(sum(len(self._examples[row].tokens) for row in rows))
         for array in (self._final, self._inputs, self._greedy):
             array.flush()
@@ -99,9 +100,3 @@ def _run(
 
 def _file(path: Path, dtype, mode: str, shape) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode=mode, shape=shape)
-
-
-def _replace_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
