@@ -25,11 +25,10 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
 import specjax
-from experiments import bench_decode, common, environment, records, tables
+from experiments import bench_decode, common, environment, records, tables, traces
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
 
@@ -107,7 +106,8 @@ def main(values: flags.FlagValues) -> None:
     for line in ratios(summaries):
         print(line)
     if values.trace:
-        print_trace(methods[3], encoded[0], options)
+        qspec = methods[3]
+        traces.print_trace(qspec.model, qspec.drafter, encoded[0], options)
     if output is not None:
         config = _config(values, quantizations, target)
         rows = [row for method in methods for row in run_rows(method)] + summaries
@@ -256,42 +256,6 @@ def ratios(summaries: Sequence[dict[str, Any]]) -> list[str]:
         for over, under in _RATIOS
         if rate[over] and rate[under]
     ]
-
-
-def print_trace(method: Method, prompt: list[int], options: dict[str, Any]) -> None:
-    """One line per step: accepted drafts, rejected ones, and what the target added; then the counts."""
-    [result] = method.model.generate(
-        [prompt], method.drafter, **options | {"batch_size": 1, "trace": True}
-    )
-    console = Console(highlight=False, soft_wrap=True)
-    for number, step in enumerate(result.metrics.trace):
-        console.print(describe_step(number, step))
-    counts = count_steps(result)
-    console.print(", ".join(f"{name} {value}" for name, value in counts.items()))
-
-
-def describe_step(number: int, step) -> Text:
-    """A step as a line: accepted drafts green, rejected ones struck out, the target's token red or blue."""
-    drafted = step.drafted_text or tuple(map(str, step.drafted))
-    kept = len(step.accepted)
-    line = Text(f"{number:4d} ")
-    for index, piece in enumerate(drafted):
-        line.append(repr(piece)[1:-1] + " ", style="green" if index < kept else "strike dim")
-    token = step.token_text if step.token_text is not None else str(step.token)
-    style = "blue" if step.kind == "bonus" else "red"
-    return line.append(f"[{step.kind}: {repr(token)[1:-1]}]", style=style)
-
-
-def count_steps(result: specjax.GenerationResult) -> dict[str, int]:
-    """Drafted, accepted, resampled and bonus tokens of a traced generation."""
-    trace = result.metrics.trace
-    return {
-        "steps": len(trace),
-        "drafted": sum(len(step.drafted) for step in trace),
-        "accepted": sum(len(step.accepted) for step in trace),
-        "resampled": sum(step.kind == "resampled" for step in trace),
-        "bonus": sum(step.kind == "bonus" for step in trace),
-    }
 
 
 def _config(

@@ -16,3 +16,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `gpu` where JAX has none."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def hurried():
+    """Code that runs slower and compiles faster, for tests of logic rather than of numbers, memory or speed."""
+    from tests import tiny
+
+    with tiny.hurried_compiler():
+        yield

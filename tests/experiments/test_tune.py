@@ -28,7 +28,11 @@ def _prompts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "drafter", [["--drafter=ngram"], [f"--draft_checkpoint={paths.fixture('eagle2-tiny')}"]]
+    "drafter",
+    [
+        pytest.param(["--drafter=ngram"], marks=pytest.mark.slow),
+        [f"--draft_checkpoint={paths.fixture('eagle2-tiny')}"],
+    ],
 )
 def test_the_choice_runs(drafter, tmp_path):
     content = _tune(tmp_path, *drafter, "--sizes=2,4")

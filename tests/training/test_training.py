@@ -147,7 +147,7 @@ def _train(*arguments):
     ("kind", "options"),
     [
         ("eagle", ["--draft_vocab_size=200"]),
-        ("eagle3", ["--draft_vocab_size=128", "--unroll=2"]),
+        pytest.param(*("eagle3", ["--draft_vocab_size=128", "--unroll=2"]), marks=pytest.mark.slow),
         ("medusa", ["--num_heads=2"]),
     ],
 )
