@@ -169,6 +169,9 @@ def _choice(answer: _Answer) -> dict[str, Any]:
             for each, time_ in zip(metrics, times, strict=True)
         ],
     }
+    inner = [each.inner_acceptance_histogram for each in metrics]
+    if None not in inner:
+        fields["cascade_accept_lengths"] = [length for each in inner for length in _lengths(each)]
     if answer.draft_prefill_latency:
         fields["draft_prefill_latency"] = answer.draft_prefill_latency
     return fields
@@ -178,8 +181,12 @@ def _accept_lengths(metrics: specjax.Metrics) -> list[int]:
     """Tokens of every step: in order where they were traced, else ascending."""
     if metrics.trace is not None:
         return [1 + len(step.accepted) for step in metrics.trace]
-    histogram = enumerate(metrics.acceptance_histogram)
-    return [1 + accepted for accepted, count in histogram for _ in range(count)]
+    return _lengths(metrics.acceptance_histogram)
+
+
+def _lengths(histogram: Sequence[int]) -> list[int]:
+    """Tokens of every step, ascending, from steps by number of accepted drafts."""
+    return [1 + accepted for accepted, count in enumerate(histogram) for _ in range(count)]
 
 
 def _metrics(result: specjax.GenerationResult) -> dict[str, Any]:

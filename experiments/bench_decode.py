@@ -10,6 +10,11 @@ and is not counted. --output receives one row per drafter and repeat ("record": 
 ("record": "summary"), each with the whole configuration, versions and device; rows are appended. `none` is always
 among the drafters.
 
+--preset=all-methods (or --drafters=all) compares every drafter that the model has, with those that
+--draft_checkpoints=DIR,DIR (heads, models) make possible. --trace prints what every step drafted, accepted and added.
+
+    python -m experiments.bench_decode --preset=all-methods --model=DIR --prompts_file=prompts.jsonl --trace
+
 --random_weights=llama3-8b takes random weights of that shape in place of a model, and --synthetic_acceptance=3.9
 imposes a mean acceptance length: speeds of a loop for which no checkpoint is at hand, marked "synthetic" in every row.
 
@@ -34,7 +39,17 @@ from rich.table import Table
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, random_model, records, roofline, tables
+from experiments import (
+    common,
+    environment,
+    methods,
+    preset,
+    random_model,
+    records,
+    roofline,
+    tables,
+    traces,
+)
 from specjax.aot import shapes
 from specjax.drafters import registry
 from specjax.errors import ConfigError
@@ -68,7 +83,16 @@ def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     common.define_model_flags(values, required=False)
     common.define_sampling_flags(values)
-    flags.DEFINE_list("drafters", None, "Names of drafters.", flag_values=values)
+    preset.define_flags(values)
+    flags.DEFINE_list(
+        "drafters", None, "Names of drafters, or `all` that the model has.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "draft_checkpoints", [], "Heads and draft models for --drafters=all.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "trace", False, "Print every step of the first prompt, per drafter.", flag_values=values
+    )
     flags.DEFINE_string("drafters_file", None, "JSON list of drafter specs.", flag_values=values)
     flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
     flags.DEFINE_enum(
@@ -100,9 +124,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Measures, writes, prints the table."""
-    specs = _specs(values)
+    preset.apply(values, needs_model=values.random_weights is None)
     random_model.check(values)
+    specs = _specs(values)
     random = values.random_weights is not None
+    if random and common.depth_config(values) is not None:
+        raise ConfigError("--random_weights have no routers; drop the flags of depth")
     prompts = [] if random else records.read_prompts(values.prompts_file)
     if values.roofline and values.max_new_tokens < 2:
         raise ConfigError(
@@ -125,6 +152,10 @@ def main(values: flags.FlagValues) -> None:
     with common.profiled(values):
         measure(model, contestants, encoded, values.repeats, options)
     summaries = [summarize(contestant, contestants[0]) for contestant in contestants]
+    if values.trace:
+        for contestant in contestants[1:]:
+            print(contestant.name)
+            traces.print_trace(model, contestant.drafter, encoded[0], options)
     ids = [prompt["id"] for prompt in prompts]
     rows = [row for contestant in contestants for row in _run_rows(contestant, ids)] + summaries
     print_table(summaries)
@@ -161,7 +192,13 @@ def _specs(values: flags.FlagValues) -> list[dict[str, Any]]:
     """Drafter specs, `none` first, without repetitions."""
     if (values.drafters is None) == (values.drafters_file is None):
         raise ConfigError("give either --drafters=NAME,NAME or --drafters_file=FILE")
-    if values.drafters is not None:
+    if values.draft_checkpoints and values.drafters != ["all"]:
+        raise ConfigError("--draft_checkpoints are for --drafters=all")
+    if values.drafters == ["all"]:
+        if values.model is None:
+            raise ConfigError("--drafters=all needs --model")
+        specs = methods.available(values.model, values.draft_checkpoints, values.dequantize)
+    elif values.drafters is not None:
         specs = [registry.parse(name) for name in values.drafters]
     else:
         try:
@@ -247,20 +284,26 @@ def total_metrics(groups: Sequence[Sequence[specjax.GenerationResult]]) -> dict[
     total = specjax.Metrics(
         num_spec_steps=sum(metrics.num_spec_steps for metrics in each),
         num_draft_tokens=sum(metrics.num_draft_tokens for metrics in each),
-        acceptance_histogram=tuple(
-            np.sum([metrics.acceptance_histogram for metrics in each], axis=0).tolist()
-        ),
+        acceptance_histogram=_sums(each, "acceptance_histogram"),
         prefill_ms=sum(metrics.prefill_ms for metrics in longest),
         decode_ms=decode_ms,
         compile_ms=sum(metrics.compile_ms for metrics in longest),
         batch_size=each[0].batch_size,
         new_tokens=sum(metrics.new_tokens for metrics in each),
         lossless=each[0].lossless,
+        layer_runs=_sums(each, "layer_runs"),
+        inner_acceptance_histogram=_sums(each, "inner_acceptance_histogram"),
     )
     # Every request's first token is prefill's.
     decoded = total.new_tokens - len(each)
     rate = decoded / decode_ms * 1e3 if decode_ms > 0 else None
     return total.to_dict() | {"tokens_per_s": rate}
+
+
+def _sums(each: Sequence[specjax.Metrics], name: str) -> tuple[int, ...] | None:
+    """Histograms added up; None where they are."""
+    rows = [getattr(metrics, name) for metrics in each]
+    return None if None in rows else tuple(np.sum(rows, axis=0).tolist())
 
 
 def _run_rows(contestant: Contestant, ids: Sequence[Any]) -> list[dict[str, Any]]:
@@ -322,7 +365,8 @@ def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = N
     widest = max(len(row["drafter"]) for row in summaries)
     table.add_column("drafter", overflow="fold", min_width=min(widest, 40))
     headers = ("tokens/s", "quartiles", "speed-up", "acceptance length", "steps", "new tokens")
-    for header in (*headers, "equals none"):
+    routed = any("executed_fraction" in row for row in summaries)
+    for header in (*headers, *(["layers run"] if routed else []), "equals none"):
         table.add_column(header, justify="right")
     for row in summaries:
         quartiles = row["tokens_per_s_quartiles"]
@@ -335,6 +379,7 @@ def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = N
             tables.number(row["mean_acceptance_length"], ".2f"),
             str(row["num_spec_steps"]),
             str(row["new_tokens"]),
+            *([tables.number(row["executed_fraction"], ".1%")] if routed else []),
             "yes" if equal == count else f"no ({equal} of {count})",
         )
     console.print(table)

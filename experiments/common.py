@@ -21,6 +21,8 @@ from absl import logging as absl_logging
 
 import specjax
 from specjax import loading, tuning, verify
+from specjax.depth import build as routing
+from specjax.depth import selection
 from specjax.drafters import registry
 from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas import dispatch
@@ -95,12 +97,48 @@ def define_model_flags(
         "Mean-centred norms as QServe's kernels compute them, to compare with them.",
         flag_values=values,
     )
+    define_depth_flags(values)
     flags.DEFINE_string(
         "compile_cache_dir", None, "Directory that keeps compiled programs.", flag_values=values
     )
     flags.DEFINE_string(
         "profile_dir", None, "Directory for a trace of the run (xprof).", flag_values=values
     )
+
+
+def define_depth_flags(values: flags.FlagValues) -> None:
+    """Which layers tokens run through."""
+    flags.DEFINE_enum(
+        "depth",
+        "auto",
+        routing.DEPTHS,
+        "Whether tokens skip layers: where the model has routers, never, or an error without routers.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "tree_selection",
+        "off",
+        selection.MODES,
+        "Who decides which layers run over a draft tree; vote and prune do not keep the target's output.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "predictor", None, "Folder of the predictor for --tree_selection.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "survivors",
+        None,
+        f"Nodes that --tree_selection=prune keeps. Default: {selection.DEFAULT_SURVIVORS}.",
+        lower_bound=1,
+        flag_values=values,
+    )
+
+
+def depth_config(values: flags.FlagValues) -> dict[str, Any] | None:
+    """The flags of depth for records; None where none is given."""
+    usual = {"depth": "auto", "tree_selection": "off", "predictor": None, "survivors": None}
+    given = {name: values[name].value for name in usual}
+    return None if given == usual else given
 
 
 def define_drafter_flags(values: flags.FlagValues, default: str = "none") -> None:
@@ -296,6 +334,10 @@ def load_model(
         dequantize=policy,
         chat_template=template,
         qserve_layernorm=values.qserve_layernorm,
+        depth=values.depth,
+        tree_selection=values.tree_selection,
+        predictor=values.predictor,
+        survivors=values.survivors,
     )
     if model.dtype_name == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -312,7 +354,8 @@ def dequantize(values: flags.FlagValues, specs: Sequence[dict[str, Any]]) -> str
 
 def model_config(values: flags.FlagValues) -> dict[str, Any]:
     """The model flags that decide what is computed, for records; dtype is None until the model is loaded."""
-    return {name: values[name].value for name in ("model", "dtype", "scheme", "qserve_layernorm")}
+    names = ("model", "dtype", "scheme", "qserve_layernorm")
+    return {name: values[name].value for name in names} | {"depth": depth_config(values)}
 
 
 @contextlib.contextmanager

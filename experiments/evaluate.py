@@ -39,7 +39,7 @@ from experiments.benchmarks import Benchmark, Question
 from specjax.errors import ConfigError
 
 _FINGERPRINT = (
-    *("benchmark", "model", "drafter", "dtype", "scheme", "qserve_layernorm", "seed"),
+    *("benchmark", "model", "drafter", "dtype", "scheme", "qserve_layernorm", "depth", "seed"),
     *("max_new_tokens", "max_length", "temperature", "top_k", "top_p", "stop", "acceptance"),
     "ignore_eos",
 )
@@ -149,7 +149,7 @@ def _config(values: flags.FlagValues, benchmark: Benchmark, spec: dict[str, Any]
     if values.scheme is not None:
         weights += f" as {values.scheme}"
     options = _options(values, benchmark)
-    name = values.run_name or _run_name(values.model, weights, spec)
+    name = values.run_name or _run_name(values, weights, spec)
     if not re.fullmatch(r"[\w.()=,+-]+", name):
         raise ConfigError(
             f"--run_name={name!r}: letters, digits and ._-+=(), only; it names a file"
@@ -188,9 +188,11 @@ def describe_weights(model: str) -> str:
     return linear.scheme.name + ("" if whole else f" g{linear.group_size}")
 
 
-def _run_name(model: str, weights: str, spec: dict[str, Any]) -> str:
-    """A file name that tells model, weights and drafter."""
-    parts = [Path(model).name.removesuffix(".gguf"), weights, short_label(spec)]
+def _run_name(values: flags.FlagValues, weights: str, spec: dict[str, Any]) -> str:
+    """A file name that tells model, weights, depth and drafter."""
+    parts = [Path(values.model).name.removesuffix(".gguf"), weights, short_label(spec)]
+    parts += [values.depth] if values.depth != "auto" else []
+    parts += [values.tree_selection] if values.tree_selection != "off" else []
     return "_".join(re.sub(r"[^\w.=,+-]+", "-", part).strip("-") for part in parts)
 
 

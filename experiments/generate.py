@@ -29,7 +29,8 @@ from experiments import common, environment, records
 from specjax.errors import ConfigError
 
 _FINGERPRINT = (
-    *("model", "drafter", "dtype", "scheme", "qserve_layernorm", "seed", "max_new_tokens"),
+    *("model", "drafter", "dtype", "scheme", "qserve_layernorm", "depth", "seed"),
+    "max_new_tokens",
     *("max_length", "temperature", "top_k", "top_p", "stop", "acceptance", "ignore_eos"),
 )
 
@@ -174,6 +175,8 @@ def summary(result: specjax.GenerationResult) -> str:
         parts.append(f"{metrics.tokens_per_s:.1f} tokens/s")
     if metrics.num_draft_tokens:
         parts.append(f"acceptance length {metrics.mean_acceptance_length:.2f}")
+    if metrics.executed_fraction is not None:
+        parts.append(f"{metrics.executed_fraction:.0%} of the layers ran")
     parts += [
         f"{metrics.num_spec_steps} steps",
         f"prefill {metrics.prefill_ms:.0f} ms",

@@ -16,7 +16,7 @@ from experiments import common
 from specjax.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "presets"
-_FILES = ("specmquant.json", "qspec.json", "smollm2.json")
+_FILES = ("specmquant.json", "qspec.json", "smollm2.json", "spadec.json")
 
 
 def define_flags(values: flags.FlagValues) -> None:

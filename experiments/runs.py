@@ -79,9 +79,15 @@ class Comparison:
         """Plain decoding of the same weights."""
         same = ("model", "weights", "scheme", "dtype", "max_new_tokens")
         for other in self.runs:
-            if other.is_plain and all(other.config.get(n) == run.config.get(n) for n in same):
+            alike = all(other.config.get(n) == run.config.get(n) for n in same)
+            if other.is_plain and alike and _depth(other) == _depth(run):
                 return other
         return None
+
+
+def _depth(run: Run) -> str:
+    """Whether tokens skip layers; who decides it in trees is no matter of plain decoding."""
+    return (run.config.get("depth") or {}).get("depth", "auto")
 
 
 def ratios(run: Run, base: Run | None, subtask: str | None = None) -> np.ndarray:

@@ -12,7 +12,6 @@ the same flags, the run goes on. After each checkpoint the held-out examples are
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -24,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, own_text, records
+from experiments import common, environment, own_text, training_runs
 from specjax import draft_vocabulary
 from specjax.errors import ConfigError
 
@@ -32,17 +31,7 @@ _log = logging.getLogger(__name__)
 
 # Flags that belong to the recipe: a work folder made with other values is refused.
 _RECIPE = (
-    *(
-        "model",
-        "kind",
-        "text_file",
-        "prompts_file",
-        "self_prompts",
-        "max_length",
-        "max_documents",
-        "loss_on",
-    ),
-    *("held_out", "seed"),
+    *("model", "kind", "self_prompts", "seed", *training_runs.TEXT_RECIPE),
     *("draft_vocab_size", "num_heads", "total_steps", "tokens_per_batch", "learning_rate"),
     *("warmup_steps", "weight_decay", "clip_norm", "feature_noise", "unroll", "decay"),
     *("regression_weight", "cross_entropy_weight"),
@@ -60,25 +49,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         *("kind", "eagle", ("eagle", "eagle3", "medusa"), "Head to train."), flag_values=values
     )
-    flags.DEFINE_multi_string(
-        *("text_file", [], "Text to train on (.jsonl, .json, .txt); may be repeated."),
-        flag_values=values,
-    )
-    string("prompts_file", None, "Prompts that the target answers first (as experiments.generate).")
+    training_runs.define_text_flags(values)
     integer(
         *("self_prompts", None),
         "Let the target write so many prompts itself first (as Magpie, arXiv 2406.08464), and answer them.",
         lower_bound=1,
     )
-    integer("max_new_tokens", 512, "Longest answer to a prompt.", lower_bound=8)
-    number("temperature", 0.7, "Of the answers.", lower_bound=0.0)
-    integer("batch_size", 8, "Prompts that are answered together.", lower_bound=1)
-    integer("max_length", 1024, "Longer documents are cut.", lower_bound=8)
-    flags.DEFINE_enum(
-        *("loss_on", "response", ("all", "response"), "Which tokens count."), flag_values=values
-    )
-    integer("max_documents", None, "Take so many documents, chosen by the seed.", lower_bound=3)
-    integer("held_out", 32, "Documents set aside for evaluation.", lower_bound=1)
     integer("seed", 0, "Of initial values, order and noise.")
     integer(
         *("draft_vocab_size", None),
@@ -111,9 +87,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     """Trains up to --total_steps."""
     _check(values)
-    output = Path(values.output)
-    work = Path(values.work_dir or f"{values.output}.work")
-    _claim(work, output, values)
+    work, output = training_runs.claim(values, _RECIPE)
     model = specjax.load(values.model)
     if model.tokenizer is None:
         raise ConfigError(f"{values.model} has no tokenizer files, which the text needs")
@@ -128,29 +102,7 @@ def _check(values: flags.FlagValues) -> None:
         raise ConfigError("give --text_file, --prompts_file or --self_prompts")
     if values.prompts_file is not None and values.self_prompts is not None:
         raise ConfigError("--prompts_file and --self_prompts exclude each other")
-    for name in [*values.text_file, *([values.prompts_file] if values.prompts_file else [])]:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"{name}: no such file")
-
-
-def _claim(work: Path, output: Path, values: flags.FlagValues) -> None:
-    """Makes the work folder this run's, or finds that it is."""
-    recipe = {name: values[name].value for name in _RECIPE}
-    marker = work / "recipe.json"
-    if marker.is_file():
-        known = json.loads(marker.read_text())
-        for name, value in recipe.items():
-            if known.get(name) != value:
-                raise ConfigError(
-                    f"{work} belongs to a run with --{name}={known.get(name)!r}, not {value!r}; "
-                    "use its flags, or another --work_dir"
-                )
-        return
-    if output.exists() and any(output.iterdir()) and not values.overwrite:
-        raise ConfigError(f"{output} exists; choose another --output or pass --overwrite")
-    work.mkdir(parents=True, exist_ok=True)
-    with records.atomic(marker) as temporary:
-        temporary.write_text(json.dumps(recipe, indent=1))
+    training_runs.check_text(values)
 
 
 class _Run:
@@ -178,7 +130,11 @@ class _Run:
         if self._ranking is not None:
             self._ids = self._ranking.first(None, model.config.eos_token_ids)
         self._head, self._loss, needs = _new_head(values, target, self._ids)
-        fingerprint = {"model": values.model, "needs": str(needs), "files": _digests(files)}
+        fingerprint = {
+            "model": values.model,
+            "needs": str(needs),
+            "files": training_runs.digests(files),
+        }
         fingerprint |= {
             name: values[name].value for name in ("max_length", "max_documents", "seed", "held_out")
         }
@@ -206,7 +162,7 @@ class _Run:
         trainer = loop.Trainer(
             self._head, self._loss, weights, _settings(values), self._work / "checkpoints"
         )
-        self.curve = [row for row in _read_curve(self._work) if row["step"] <= trainer.step]
+        self.curve = training_runs.read_curve(self._work, trainer.step)
         plans = [
             batches.plan([len(e.tokens) for e in rows], values.tokens_per_batch)
             for rows in (self._examples, self._held_out)
@@ -226,9 +182,7 @@ class _Run:
             row = {"step": trainer.step, "epoch": last["epoch"], "loss": float(last["loss"])}
             row |= {"train": loop.summary(last), "held_out": loop.summary(held_out)}
             self.curve.append(row)
-            (self._work / "curve.jsonl").write_text(
-                "".join(json.dumps(r) + "\n" for r in self.curve)
-            )
+            training_runs.write_curve(self._work, self.curve)
             tqdm.write(json.dumps(row))
             self._export(trainer.head())
 
@@ -239,9 +193,7 @@ class _Run:
         from specjax.training import export
 
         values = self._values
-        recipe = {name: values[name].value for name in _RECIPE}
-        recipe["text_file"] = [Path(name).name for name in values.text_file]
-        recipe["prompts_file"] = values.prompts_file and Path(values.prompts_file).name
+        recipe = training_runs.recipe_facts(values, _RECIPE)
         tokens = sum(len(example.tokens) for example in self._examples)
         facts = {"recipe": recipe, "documents": len(self._examples), "tokens": tokens}
         facts |= {"curve": self.curve, "environment": environment.record()}
@@ -304,15 +256,6 @@ def _settings(values: flags.FlagValues):
         seed=values.seed,
         save_every=values.save_every,
     )
-
-
-def _digests(files: list[Path]) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _read_curve(work: Path) -> list[dict]:
-    path = work / "curve.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 if __name__ == "__main__":

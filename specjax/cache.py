@@ -4,12 +4,12 @@ Nothing here knows what is committed: slots at or beyond a sequence's length hol
 rolling back is lowering a number and committing a tree path is moving its rows into place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.config import ModelConfig
 from specjax.pallas.glue import api as glue
@@ -20,16 +20,33 @@ _UNROLLED_BATCH = 8
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class DepthRecord:
+    """What a model with routed layers (`specjax.depth.routed`) keeps beside its keys and values.
+
+    Attributes:
+        valid: one array per routed layer: which slots hold a token that ran through it. As with keys and values, what
+            stands at or beyond a sequence's length is junk that no mask shows.
+        runs: by layer of the model, in how many passes over draft trees it ran.
+    """
+
+    valid: tuple[Bool[Array, "B S"], ...]
+    runs: Int[Array, "B L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys and values of one model.
 
     Attributes:
         keys: one array per layer, [B, K, S, C], rotary embedding applied.
         values: one array per layer, [B, K, S, C].
+        depth: of models with routed layers only.
     """
 
     keys: tuple[Float[Array, "B K S C"], ...]
     values: tuple[Float[Array, "B K S C"], ...]
+    depth: DepthRecord | None = None
 
     @property
     def capacity(self) -> int:
@@ -38,14 +55,24 @@ class KVCache:
 
 
 def init(config: ModelConfig, batch: int, capacity: int, dtype, num_layers=None) -> KVCache:
-    """An empty cache of `capacity` slots for `batch` sequences; `num_layers` defaults to the model's."""
+    """An empty cache of `capacity` slots for `batch` sequences.
+
+    `num_layers` defaults to the model's; where it is given, none of them is routed.
+    """
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     count = config.num_layers if num_layers is None else num_layers
 
     def empty():
         return tuple(jnp.zeros(shape, dtype) for _ in range(count))
 
-    return KVCache(keys=empty(), values=empty())
+    depth = None
+    if config.depth is not None and num_layers is None:
+        routed = range(config.depth.start_layer, count)
+        depth = DepthRecord(
+            valid=tuple(jnp.zeros((batch, capacity), bool) for _ in routed),
+            runs=jnp.zeros((batch, count), jnp.int32),
+        )
+    return KVCache(keys=empty(), values=empty(), depth=depth)
 
 
 def write_rows(
@@ -63,21 +90,41 @@ def write_rows(
     return buffer.at[jnp.arange(batch)[:, None], :, slots].set(rows.swapaxes(1, 2))
 
 
+def write_flags(
+    buffer: Bool[Array, "B S"], rows: Bool[Array, "B T"], start: Int[Array, "B"]
+) -> Bool[Array, "B S"]:
+    """Like `write_rows` for one flag per slot."""
+    offset = jnp.arange(buffer.shape[1]) - start[:, None]
+    inside = (offset >= 0) & (offset < rows.shape[1])
+    placed = jnp.take_along_axis(rows, jnp.clip(offset, 0, rows.shape[1] - 1), axis=1)
+    return jnp.where(inside, placed, buffer)
+
+
 def compact(cache: KVCache, start: Int[Array, "B"], path: Int[Array, "B P"]) -> KVCache:
     """Moves the accepted path into place: slot start + path[j] -> slot start + j, in every layer.
 
     The rows are gathered before any is written (source and destination overlap). Entries of `path` beyond the accepted
     length may be any node: what they move lies beyond the new length.
     """
+    depth = cache.depth
+    if depth is not None:
+        depth = replace(depth, valid=tuple(_move_flags(x, start, path) for x in depth.valid))
     moved = glue.move_rows([*cache.keys, *cache.values], start, path)
     if moved is not None:
         count = len(cache.keys)
-        return KVCache(keys=tuple(moved[:count]), values=tuple(moved[count:]))
+        return KVCache(keys=tuple(moved[:count]), values=tuple(moved[count:]), depth=depth)
     slots = (start[:, None] + path)[:, None, :, None]
 
     def move(buffer):
         return write_rows(buffer, jnp.take_along_axis(buffer, slots, axis=2), start)
 
     return KVCache(
-        keys=tuple(move(x) for x in cache.keys), values=tuple(move(x) for x in cache.values)
+        keys=tuple(move(x) for x in cache.keys),
+        values=tuple(move(x) for x in cache.values),
+        depth=depth,
     )
+
+
+def _move_flags(buffer, start, path):
+    rows = jnp.take_along_axis(buffer, start[:, None] + path, axis=1)
+    return write_flags(buffer, rows, start)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
+from specjax.depth.config import DepthConfig
 from specjax.errors import ConfigError
 
 ARCHITECTURES = {
@@ -129,6 +130,7 @@ class ModelConfig:
         bos_token_id: token that starts a sequence, if any.
         eos_token_ids: tokens that end generation, possibly none.
         dtype: the checkpoint's own compute dtype, one of `DTYPES`.
+        depth: of models with routed layers; None: every token runs through all layers.
     """
 
     architecture: str
@@ -149,6 +151,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
+    depth: DepthConfig | None = None
 
     @classmethod
     def from_hf(
@@ -192,6 +195,7 @@ class ModelConfig:
             bos_token_id=next(iter(_token_ids(ids, "bos_token_id")), None),
             eos_token_ids=_token_ids(ids, "eos_token_id"),
             dtype=_dtype(config),
+            depth=DepthConfig.from_hf(config),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -240,7 +244,7 @@ class ModelConfig:
                 fields |= {"sliding_window": None}
             case "qwen2":
                 fields |= {"use_sliding_window": False}
-        return fields
+        return fields | ({} if self.depth is None else self.depth.to_hf())
 
 
 def _architecture(config: dict[str, Any]) -> str:

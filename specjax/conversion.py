@@ -19,6 +19,7 @@ from jaxtyping import Int
 from specjax import checkpoints, selfcheck, tokenizer
 from specjax.checkpoints import base, export, hub, manifest, writer
 from specjax.config import DTYPES, ModelConfig
+from specjax.depth import build as routing
 from specjax.errors import ConfigError
 from specjax.models import llama
 from specjax.models.llama import Llama
@@ -100,10 +101,10 @@ def convert(
         output: folder to make.
         format: "gptq", "compressed-tensors", "qqq", "qserve", "specjax", or "dense".
         scheme: what to quantize to; see `specjax.quant.scheme.SCHEMES`.
-        method: "rtn", "gptq", "smoothquant" or "qoq"; None is gptq with a calibration file, else
+        method: "rtn", "gptq", "smoothquant", "qqq" or "qoq"; None is gptq with a calibration file, else
             rtn.
         group_size, symmetric, act_order, damping, clip: see `specjax.quant.recipe.make`.
-        smooth_strength: migration strength of smoothquant and qoq.
+        smooth_strength: migration strength of smoothquant, qqq and qoq.
         rotate: rotate the model first (QuaRot); for 4-bit activations with run-time products
             (format "specjax" only).
         rotation: rotation file to use in place of a new random one.
@@ -256,6 +257,7 @@ def _windows(
 def _load(path: Path, checkpoint: base.Checkpoint, decode: bool) -> tuple[Llama, Rotation | None]:
     """The model, dense in float32 if it is to be changed, and the rotation that it comes with."""
     module = llama.build(checkpoint, jnp.dtype("float32" if decode else checkpoint.config.dtype))
+    module = routing.attach(module, checkpoint.config, routing.policy(checkpoint))
     module = rotate.attach_from(module, path)
     written = manifest.read(path) if path.is_dir() else None
     file = rotations.find(path) if path.is_dir() else None
@@ -311,12 +313,7 @@ def _write(module, output, source, text, stored, settings, overwrite) -> None:
     """Exports; tokenizer files and the rotation go beside the weights."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if source.is_dir():
-            for name in _SIDE_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
-        elif text is not None:
-            text.save(folder)
+        copy_side_files(source, text, folder)
         if stored is not None:
             rotations.save(stored, folder)
         export.export(
@@ -327,6 +324,16 @@ def _write(module, output, source, text, stored, settings, overwrite) -> None:
             overwrite=overwrite,
             **settings,
         )
+
+
+def copy_side_files(source: Path, text, folder: Path) -> None:
+    """Puts the tokenizer and generation files of a model folder, or of a GGUF file's tokenizer, into a folder."""
+    if source.is_dir():
+        for name in _SIDE_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    elif text is not None:
+        text.save(folder)
 
 
 def _scheme_name(module: Llama) -> str | None:

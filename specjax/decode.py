@@ -163,11 +163,16 @@ def step(
             sampling,
         )
     with jax.named_scope("verify"):
+        # Which layers the text so far ran through is known by its verification only, not by drafts of the target.
+        cache = replace(proposal.cache, depth=state.cache.depth)
         logits, features, cache, tree = target_pass.forward_tree(
-            target, proposal.tree, proposal.cache, state.lengths, drafter.needs
+            target, proposal.tree, cache, state.lengths, drafter.needs, live=~state.done
         )
     with jax.named_scope("accept"):
-        accepted = acceptor(tree, proposal.q, logits, sample.fold(keys, 1), sampling)
+        q = proposal.q
+        if q is not None and tree.kept is not None:
+            q = jnp.take_along_axis(q, tree.kept[..., None], axis=1)
+        accepted = acceptor(tree, q, logits, sample.fold(keys, 1), sampling)
         running = replace(accepted, length=jnp.where(state.done, 0, accepted.length))
     with jax.named_scope("commit"):
         if not tree.is_chain:

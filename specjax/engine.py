@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from specjax import decode as decoding
 from specjax import sampling as sample
 from specjax import target as target_pass
 from specjax import trace as tracing
 from specjax.decode import DecodeState
-from specjax.drafters.base import Chunk, Drafter
+from specjax.drafters.base import Chunk, Drafter, TwoLevel
 from specjax.errors import CapacityError
 from specjax.metrics import Metrics
 from specjax.models.llama import Llama
@@ -321,19 +322,30 @@ class Engine:
         """Reads the counters of one finished request."""
         num_steps = int(state.num_spec_steps[index])
         kept = None if state.trace is None else tracing.steps(state.trace, index, num_steps)
+        depth = self.target.depth
+        inner = None
+        if isinstance(self.drafter, TwoLevel):
+            inner = _row(self.drafter.inner_acceptance(state.draft), index)
         metrics = Metrics(
             num_spec_steps=num_steps,
             num_draft_tokens=int(state.num_draft_tokens[index]),
-            acceptance_histogram=tuple(np.asarray(state.acceptance_histogram[index]).tolist()),
+            acceptance_histogram=_row(state.acceptance_histogram, index),
             prefill_ms=slot.prefill_ms,
             decode_ms=slot.decode_ms,
             compile_ms=self.programs.compile_ms - self._compiled_before,
             batch_size=batch_size,
             new_tokens=len(output),
-            lossless=self.acceptor.lossless,
+            lossless=self.acceptor.lossless
+            and (depth is None or depth.lossless(self.drafter.num_nodes)),
+            layer_runs=None if depth is None else _row(state.cache.depth.runs, index),
+            inner_acceptance_histogram=inner,
             trace=kept,
         )
         return Completion(request=slot.request, output_ids=output, stopped=stopped, metrics=metrics)
+
+
+def _row(counters: Int[Array, "B n"], index: int) -> tuple[int, ...]:
+    return tuple(np.asarray(counters[index]).tolist())
 
 
 def _padded(length: int) -> int:

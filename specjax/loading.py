@@ -8,6 +8,8 @@ from tqdm import tqdm
 
 from specjax import checkpoints, generate
 from specjax.checkpoints import hub
+from specjax.depth import build as routing
+from specjax.depth.build import Depth
 from specjax.errors import ConfigError
 from specjax.models import llama
 from specjax.models.llama import Llama
@@ -29,6 +31,10 @@ def load(
     dequantize: Dequantize = "auto",
     chat_template: str | None = None,
     qserve_layernorm: bool = False,
+    depth: Depth = "auto",
+    tree_selection: str = "off",
+    predictor: str | Path | None = None,
+    survivors: int | None = None,
     progress: bool = False,
 ) -> "generate.LanguageModel":
     """Loads a model.
@@ -44,6 +50,11 @@ def load(
         dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes; "auto" decides by backend.
         chat_template: a Jinja chat template to use instead of the model's own.
         qserve_layernorm: run the layers' norms mean-centred, as QServe's kernels do, to compare with them.
+        depth: "auto" lets tokens skip layers where the checkpoint has routers, "full" ignores these, "routed" insists.
+        tree_selection: who decides which layers run over a draft tree: with "off" all nodes, which keeps the output of
+            routed decoding; "vote" and "prune" do not, and need a `predictor` (see `specjax.depth.selection`).
+        predictor: folder of the predictor that scores nodes.
+        survivors: nodes that "prune" keeps; None: 16.
         progress: show a progress bar.
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: with the file, field or tensor.
@@ -56,6 +67,7 @@ def load(
     checkpoint = checkpoints.open_checkpoint(path)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
+    policy = routing.policy(checkpoint, depth, tree_selection, predictor, survivors)
     preparation = Preparation(backend, dequantize, jnp.dtype(dtype))
     recipe = None if quantize is None else recipes.at_load(quantize, checkpoint.config)
     has_codes = False
@@ -80,10 +92,10 @@ def load(
     if scheme is not None and not has_codes:
         module.with_scheme(scheme)  # raises: there is nothing to view
     module = Llama(module.config, module.model, preparation.linear(module.lm_head))
-    module = rotate.attach_from(module, path)
+    module = rotate.attach_from(routing.attach(module, checkpoint.config, policy), path)
     return generate.LanguageModel(
         name=str(path_or_name),
-        config=checkpoint.config,
+        config=module.config,
         module=module,
         tokenizer=tokenizer.load(path, checkpoint, chat_template),
         default_head=_shipped_head(str(path_or_name)),

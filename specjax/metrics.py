@@ -21,7 +21,9 @@ class Metrics:
         compile_ms: time spent compiling for the call that served this request.
         batch_size: sequences that shared the steps.
         new_tokens: tokens returned, a stop token included.
-        lossless: whether the acceptance rule keeps the target's output.
+        lossless: whether the acceptance rule, and where depth is routed the tree selection, keep the target's output.
+        layer_runs: by layer, in how many of the steps it ran; None where all layers run always.
+        inner_acceptance_histogram: rounds of a hierarchical drafter's own loop by number of accepted drafts; else None.
         trace: every step (see `specjax.trace.Step`), where a record was asked for.
     """
 
@@ -34,6 +36,8 @@ class Metrics:
     batch_size: int
     new_tokens: int
     lossless: bool = True
+    layer_runs: tuple[int, ...] | None = None
+    inner_acceptance_histogram: tuple[int, ...] | None = None
     trace: tuple[Step, ...] | None = None
 
     @property
@@ -61,6 +65,13 @@ class Metrics:
             return None
         return (self.new_tokens - 1) / self.decode_ms * 1e3
 
+    @property
+    def executed_fraction(self) -> float | None:
+        """Share of the layers that ran in a step; None where all run always, and without steps."""
+        if self.layer_runs is None or not self.num_spec_steps:
+            return None
+        return sum(self.layer_runs) / (len(self.layer_runs) * self.num_spec_steps)
+
     def to_dict(self) -> dict:
         """JSON-ready fields, the derived ones included."""
         fields = {
@@ -78,6 +89,11 @@ class Metrics:
             "batch_size": self.batch_size,
             "lossless": self.lossless,
         }
+        if self.layer_runs is not None:
+            fields["layer_runs"] = list(self.layer_runs)
+            fields["executed_fraction"] = self.executed_fraction
+        if self.inner_acceptance_histogram is not None:
+            fields["inner_acceptance_histogram"] = list(self.inner_acceptance_histogram)
         if self.trace is not None:
             fields["trace"] = [step.to_dict() for step in self.trace]
         return fields

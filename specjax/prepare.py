@@ -23,7 +23,7 @@ def prepare(
     preparation = Preparation(backend, dequantize, model.dtype)
     layers = [preparation.layer(layer) for layer in model.model.layers]
     inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
-    return Llama(model.config, inner, preparation.linear(model.lm_head))
+    return Llama(model.config, inner, preparation.linear(model.lm_head), model.depth)
 
 
 class Preparation:

@@ -35,6 +35,17 @@ class Program:
         dynamic = {name: value for name, value in kwargs.items() if name not in self._static}
         return self.compiled(**kwargs)(**dynamic)
 
+    def peak_bytes(self) -> int:
+        """Device memory of the largest executable so far: arguments, results and temporaries."""
+        sizes = [executable.memory_analysis() for executable in self._compiled.values()]
+        return max(
+            stats.argument_size_in_bytes
+            + stats.output_size_in_bytes
+            + stats.temp_size_in_bytes
+            - stats.alias_size_in_bytes
+            for stats in sizes
+        )
+
     def compiled(self, **kwargs):
         """The executable for arguments of these shapes (for `memory_analysis`, `as_text`)."""
         leaves, structure = jax.tree.flatten(

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from specjax import checkpoints
 from specjax.checkpoints import export
 from specjax.config import ModelConfig
+from specjax.depth import build as routing
 from specjax.errors import CheckpointError
 from specjax.models import layers as nn
 from specjax.models import llama
@@ -72,7 +73,10 @@ def verify(
         return nn.Linear(leaf.dequantize(dtype), leaf.bias)
 
     stored = jax.tree.map(as_stored, module, is_leaf=_is_whole)
-    reloaded = llama.build(checkpoints.open_checkpoint(output), jnp.dtype(dtype))
+    stored.depth = module.depth
+    checkpoint = checkpoints.open_checkpoint(output)
+    reloaded = llama.build(checkpoint, jnp.dtype(dtype))
+    reloaded = routing.attach(reloaded, checkpoint.config, routing.policy(checkpoint))
     reloaded = rotate.attach_from(reloaded, output)
     expected, found = logits(_with_activations_of(stored, reloaded), probe), logits(reloaded, probe)
     error = _relative(found, expected)

@@ -79,13 +79,15 @@ def record(trace: Trace, step: Int[Array, "B"], tree: Tree, new: Verified) -> Tr
     """Writes a step at index `step` of the sequences that take part in it (`new.length` > 0)."""
     rows = jnp.arange(step.shape[0])
     slot = jnp.where(new.length > 0, step, trace.length.shape[1])
+    # Of a tree that the target has pruned, only what it verified; the rest of the record says that it is unused.
+    spare = ((0, 0), (0, trace.tokens.shape[2] - tree.num_nodes))
 
     def put(many, one):
         return many.at[rows, slot].set(one, mode="drop")
 
     return Trace(
-        tokens=put(trace.tokens, tree.tokens),
-        parents=put(trace.parents, tree.parents),
+        tokens=put(trace.tokens, jnp.pad(tree.tokens, spare)),
+        parents=put(trace.parents, jnp.pad(tree.parents, spare, constant_values=-1)),
         path=put(trace.path, new.path),
         length=put(trace.length, new.length),
         next_token=put(trace.next_token, new.next_token),

@@ -3,7 +3,7 @@
 Two invariants make the rest simple: the root is node 0, and a node's parent has a smaller index than the node.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,14 @@ class Tree:
         parents: index of each node's parent, smaller than the node's own; -1 for the root and for unused nodes.
         max_depth: static bound on the depth of any node (the root has depth 0).
         is_chain: static promise that node i, where used, has depth i.
+        kept: where a target has pruned the drafted tree: which of its nodes these are; None: all of them.
         often_empty: static hint that often no node besides the root is used; the target then looks first, and runs the
             root alone where that is so.
     """
 
     tokens: Int[Array, "B N"]
     parents: Int[Array, "B N"]
+    kept: Int[Array, "B N"] | None = None
     max_depth: int = field(metadata={"static": True})
     is_chain: bool = field(default=False, metadata={"static": True})
     often_empty: bool = field(default=False, metadata={"static": True})
@@ -58,6 +60,21 @@ def chain(
 def used(tree: Tree) -> Bool[Array, "B N"]:
     """Which nodes carry a token: the root and all nodes with a parent."""
     return (tree.parents >= 0).at[:, 0].set(True)
+
+
+def subset(tree: Tree, kept: Int[Array, "B M"]) -> Tree:
+    """The tree of the nodes `kept`: in order, the root first, of each its parent too; unused nodes stay unused."""
+    rows = jnp.arange(kept.shape[0])[:, None]
+    column = jnp.broadcast_to(jnp.arange(kept.shape[1], dtype=jnp.int32), kept.shape)
+    place = jnp.zeros(tree.parents.shape, jnp.int32).at[rows, kept].set(column)
+    parents = jnp.take_along_axis(tree.parents, kept, axis=1)
+    moved = jnp.take_along_axis(place, jnp.maximum(parents, 0), axis=1)
+    return replace(
+        tree,
+        tokens=jnp.take_along_axis(tree.tokens, kept, axis=1),
+        parents=jnp.where(parents < 0, -1, moved),
+        kept=kept,
+    )
 
 
 def num_draft_tokens(tree: Tree) -> Int[Array, "B"]:

@@ -253,3 +253,19 @@ def test_the_target_never_sees_what_lies_beyond_its_text():
 
     clean, dirty = (np.asarray(logits(model(), jnp.float32(junk))) for junk in (0.0, JUNK))
     assert (clean == dirty).all()
+
+
+def test_inner_rounds_are_counted_while_a_request_runs():
+    prompts = tiny.prompts()[:2]
+    jobs = tiny.requests(prompts, [6, 20])
+    together = tiny.run(tiny.engine(model(), drafter()), jobs, 2)
+    for job, done in zip(jobs, together, strict=True):
+        [alone] = tiny.run(tiny.engine(model(), drafter()), [job], 1)
+        inner = done.metrics.inner_acceptance_histogram
+        assert len(inner) == LEVELS + 1
+        assert inner == alone.metrics.inner_acceptance_histogram
+        # The rest of the chains' tokens are those that D drafts when it catches up, at most one a step.
+        drafted = sum((1 + accepted) * count for accepted, count in enumerate(inner))
+        assert 0 <= done.metrics.num_draft_tokens - drafted <= done.metrics.num_spec_steps
+    [plain] = tiny.run(tiny.engine(model(), tiny.DRAFTERS["ngram"](None)), jobs[:1], 1)
+    assert plain.metrics.inner_acceptance_histogram is None

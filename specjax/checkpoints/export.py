@@ -15,6 +15,7 @@ complete.
 """
 
 import dataclasses
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from specjax.checkpoints import (
     writer,
 )
 from specjax.config import DTYPES, ModelConfig
+from specjax.depth import checkpoint as routers
 from specjax.errors import CheckpointError
 from specjax.models.layers import Linear
 from specjax.models.llama import Llama
@@ -101,7 +103,7 @@ def export(
     """Writes a model, one linear in memory at a time.
 
     Args:
-        module: the model, not `prepare`d (its projections are not fused).
+        module: the model, not `prepare`d (its projections are not fused). Routers stay in float32.
         config: its configuration.
         path: the folder to make; it must not exist or be empty, unless `overwrite`.
         format: one of `FORMATS`.
@@ -133,12 +135,15 @@ def export(
         _check_online(format, rotation, extra_files)
     if quantization is not None:
         fields["quantization_config"] = quantization
+    routed = {} if module.depth is None else routers.tensors(module.depth.routers, config.depth)
     with writer.whole_folder(path, overwrite) as folder:
         packed = (pair for name, item in items for pair in _pack(name, item, format, dtype))
+        packed = itertools.chain(packed, routed.items())
         if layout == "orbax":
             orbax_store.save(folder / orbax_store.FOLDER, dict(packed))
         else:
-            space = writer.header_space([name for name, _ in items], _TENSORS_PER_LINEAR)
+            names = [*(name for name, _ in items), *routed]
+            space = writer.header_space(names, _TENSORS_PER_LINEAR)
             writer.write_shards(folder, packed, shard_bytes=shard_bytes, header_bytes=space)
         for file in extra_files:
             shutil.copyfile(file, folder / file.name)

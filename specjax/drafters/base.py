@@ -10,7 +10,7 @@ the root is the token at position C, not yet in any cache; a step that returns `
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,14 @@ class Drafter(Protocol):
         Args:
             features: what the drafter `needs` at position lengths - 1.
         """
+
+
+@runtime_checkable
+class TwoLevel(Protocol):
+    """A drafter that verifies drafts of its own; what it has besides the methods of `Drafter`."""
+
+    def inner_acceptance(self, state: State) -> Int[Array, "B P"]:
+        """Inner rounds of all committed steps, by number of accepted drafts."""
 
 
 def history_of_chunk(history: Int[Array, "B S"], chunk: Chunk) -> Int[Array, "B S"]:

@@ -37,7 +37,8 @@ class HierarchicalState:
         valid: tokens that D has processed. C <= valid while a chain is out; valid = C or C - 1 when the target has
             answered (C - 1: it accepted the whole chain, whose last token D has not processed).
         last: token at position `valid`.
-        num_rounds: inner rounds so far.
+        rounds: inner rounds of the chain that is out, by number of X's drafts that D accepted.
+        acceptance_histogram: the same of all chains that the target has answered.
     """
 
     cache: kv.KVCache
@@ -45,7 +46,8 @@ class HierarchicalState:
     features: Float[Array, "B S A"] | None
     valid: Int[Array, "B"]
     last: Int[Array, "B"]
-    num_rounds: Int[Array, "B"]
+    rounds: Int[Array, "B P"]
+    acceptance_histogram: Int[Array, "B P"]
 
 
 @jax.tree_util.register_dataclass
@@ -104,8 +106,15 @@ class Hierarchical:
             features = jnp.zeros((batch, capacity, width), self.model.dtype)
         zeros = jnp.zeros((batch,), jnp.int32)
         cache = kv.init(self.model.config, batch, capacity, self.model.dtype)
+        rounds = jnp.zeros((batch, self.inner.max_depth + 1), jnp.int32)
         return HierarchicalState(
-            cache=cache, inner=inner, features=features, valid=zeros, last=zeros, num_rounds=zeros
+            cache=cache,
+            inner=inner,
+            features=features,
+            valid=zeros,
+            last=zeros,
+            rounds=rounds,
+            acceptance_histogram=rounds,
         )
 
     def prefill(self, target, state, chunk):
@@ -125,7 +134,7 @@ class Hierarchical:
         batch, most = root.shape[0], self.max_depth
         vocab = self.model.config.vocab_size
         chain = _Chain(
-            state=state,
+            state=replace(state, rounds=jnp.zeros_like(state.rounds)),
             tokens=jnp.zeros((batch, most), jnp.int32),
             q=None if sampling.greedy else jnp.zeros((batch, most, vocab), jnp.float32),
             length=jnp.zeros((batch,), jnp.int32),
@@ -185,8 +194,9 @@ class Hierarchical:
             sample.fold(keys, 0),
             sampling,
         )
+        short = chain.length < self.min_draft_depth
         logits, features, cache, tree = passes.forward_tree(
-            self.model, drafted.tree, drafted.cache, state.valid, self.inner.needs
+            self.model, drafted.tree, drafted.cache, state.valid, self.inner.needs, live=short
         )
         rule = verify.acceptor("lossless", sampling.greedy)
         taken = rule(tree, drafted.q, logits, sample.fold(keys, 1), sampling)
@@ -198,10 +208,11 @@ class Hierarchical:
             probs = sample.probabilities(jnp.take_along_axis(logits, rows, axis=1), sampling)
         if features is not None:
             taken = replace(taken, features=jnp.take_along_axis(features, rows, axis=1))
-        short = chain.length < self.min_draft_depth
         taken = replace(taken, length=jnp.where(short, taken.length, 0))
         state = self._advance(replace(state, cache=cache, inner=drafted.state), taken)
-        state = replace(state, num_rounds=state.num_rounds + short.astype(jnp.int32))
+        # A length of 0 is no class and counts nowhere.
+        counted = jax.nn.one_hot(taken.length - 1, self.inner.max_depth + 1, dtype=jnp.int32)
+        state = replace(state, rounds=state.rounds + counted)
         return self._append(chain, state, taken.tokens, probs, taken.length)
 
     def _advance(self, state: HierarchicalState, taken: Verified) -> HierarchicalState:
@@ -230,11 +241,17 @@ class Hierarchical:
 
     def commit(self, target, state, lengths, verified):
         # A sequence that took no part goes back to where it stood before its chain was drafted.
+        took_part = verified.length > 0
+        rounds = jnp.where(took_part[:, None], state.rounds, 0)
+        state = replace(state, acceptance_histogram=state.acceptance_histogram + rounds)
         lengths = lengths + verified.length
-        return self._shorten(state, lengths, verified.next_token, verified.length > 0)
+        return self._shorten(state, lengths, verified.next_token, took_part)
 
     def rollback(self, state, lengths, root, features):
         return self._shorten(state, lengths, root, jnp.ones(lengths.shape, bool))
+
+    def inner_acceptance(self, state):
+        return state.acceptance_histogram
 
     def _shorten(self, state: HierarchicalState, lengths, root, known) -> HierarchicalState:
         """Cuts the text to `lengths` tokens and `root`, where that is shorter than what D has processed."""

@@ -31,6 +31,7 @@ class Block:
         prefix: slots below this are visible to all rows (not read where `tail` is None).
         tail: tail[b, t, w] says whether row t sees slot prefix + w; slots from prefix + W on are invisible.
             None means causal: row t sees slots 0 .. start + t.
+        valid: slots that hold a key at all; None: all of them (else some tokens skip layers).
     """
 
     tokens: Int[Array, "B T"]
@@ -38,6 +39,7 @@ class Block:
     start: Int[Array, "B"]
     prefix: Int[Array, "B"]
     tail: Bool[Array, "B T W"] | None
+    valid: Bool[Array, "B S"] | None = None
 
 
 def causal_block(tokens: Int[Array, "B T"], start: Int[Array, "B"]) -> Block:
@@ -149,9 +151,8 @@ class Attention(nnx.Module):
         """Returns (output [B, T, D], perhaps in parts; keys, values)."""
         if self.qkv_proj is not None:
             projected = parts.product(self.qkv_proj, x)
-            if glue.can_rotate_and_write(projected, keys, self.backend) and (
-                attention_op.kernel_takes(projected, keys, block.tail)
-            ):
+            fits = block.valid is None and glue.can_rotate_and_write(projected, keys, self.backend)
+            if fits and attention_op.kernel_takes(projected, keys, block.tail):
                 out, keys, values = attention_op.project_and_attend(
                     *(projected, rope, keys, values),
                     start=block.start,
@@ -168,6 +169,7 @@ class Attention(nnx.Module):
             start=block.start,
             prefix=block.prefix,
             tail=block.tail,
+            valid=block.valid,
             backend=self.backend,
         )
         return parts.product(self.o_proj, out.reshape(*x.shape[:2], -1)), keys, values

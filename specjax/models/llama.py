@@ -5,7 +5,7 @@ thing in a file, in a quantizer's log and in a debugger.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,21 @@ class LlamaModel(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A causal language model; `lm_head` is None when the output head is the embedding."""
+    """A causal language model.
 
-    def __init__(self, config: ModelConfig, model: LlamaModel, lm_head=None):
+    `lm_head` is None when the output head is the embedding. `depth` decides which layers each token runs through (see
+    `specjax.depth.routed.Routed`); None is all of them, as where `config.depth` is None.
+    """
+
+    def __init__(self, config: ModelConfig, model: LlamaModel, lm_head=None, depth=None):
+        if (config.depth is None) != (depth is None):
+            raise ConfigError(
+                f"config.depth={config.depth!r} with depth={depth!r}: a model has both or neither"
+            )
         self.config = config
         self.model = model
         self.lm_head = lm_head
+        self.depth = depth
 
     @property
     def dtype(self):
@@ -67,6 +76,8 @@ class Llama(nnx.Module):
         self, block: Block, cache: kv.KVCache, capture: tuple[int, ...] = ()
     ) -> ForwardOutput:
         """Runs all layers over a block of tokens; `capture` names layers whose input the caller wants."""
+        if self.depth is not None:
+            return self.depth.run(self, block, cache, capture)
         rope = nn.rope_tables(self.config.rope, self.config.head_dim, block.positions)
         x = self.model.embed_tokens(block.tokens)
         keys, values, captured, added = [], [], {}, None
@@ -138,13 +149,15 @@ def build(
 ) -> Llama:
     """Assembles the model from a `specjax.checkpoints.base.Checkpoint`, pulling one parameter after the other.
 
+    Its depth is full; `specjax.depth.build` adds the routers of a checkpoint that has them.
+
     Args:
         checkpoint: source of named tensors and linears; it checks shapes and raises errors that name the tensor.
         dtype: compute dtype; dense parameters are stored in it, quantized ones keep their own codes and scales.
         finish: what to do with each layer once it is read; the layer as read is dropped before the next one.
     """
     finish = finish or (lambda layer: layer)
-    config = checkpoint.config
+    config = replace(checkpoint.config, depth=None)
     hidden, vocab = config.hidden_size, config.vocab_size
     table = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
     embedding = nn.Embedding(jnp.asarray(table, dtype))

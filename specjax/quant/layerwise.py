@@ -97,7 +97,7 @@ def decoded(model: Llama) -> Llama:
 
     layers = [with_linears(layer, dense) for layer in model.model.layers]
     inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
-    return Llama(model.config, inner, dense("lm_head", model.lm_head))
+    return Llama(model.config, inner, dense("lm_head", model.lm_head), model.depth)
 
 
 class _Tap:

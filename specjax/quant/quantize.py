@@ -71,7 +71,7 @@ def quantize(
             work.save_layer(len(layers), layerwise.linears(new), norms, hidden)
         layers.append(new)
     inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
-    return Llama(model.config, inner, model.lm_head)
+    return Llama(model.config, inner, model.lm_head, model.depth)
 
 
 def round_layer(layer: nn.DecoderLayer, recipe: Recipe, prefix: str) -> nn.DecoderLayer:

@@ -10,7 +10,8 @@ from specjax.quant.grid import ClipSearch
 from specjax.quant.scheme import Scheme
 
 Rounding = Literal["rtn", "gptq"]
-METHODS = ("rtn", "gptq", "smoothquant", "qoq")
+METHODS = ("rtn", "gptq", "smoothquant", "qqq", "qoq")
+_SMOOTHING = ("smoothquant", "qqq", "qoq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +62,15 @@ def make(
     Args:
         scheme: name of a scheme; "w4a16" with `symmetric` False is "w4a16-asym".
         method: "rtn" rounds to nearest; "gptq" propagates errors; "smoothquant" smooths, then
-            rounds to nearest; "qoq" smooths (weakly, as QServe does for 4-bit weights), then GPTQ
-            on QoQ's grids.
+            rounds to nearest; "qqq" smooths, o_proj's and down_proj's inputs too, then GPTQ (QQQ,
+            arXiv 2406.09904); "qoq" smooths (weakly, as QServe does for 4-bit weights), then GPTQ on
+            QoQ's grids.
         group_size: None is 128 for w4a16, fp4 and QoQ, else -1 (per channel).
         symmetric: signed codes without zeros; only w4a16 has both forms.
         act_order, damping: of GPTQ.
         clip: whether to search ranges; None searches for 4-bit weights.
-        strength: of smoothing in [0, 1]; None: searched per site for "smoothquant", 0.1 per channel
-            and 0.3 with groups (DeepCompressor's settings) for "qoq".
+        strength: of smoothing in [0, 1]; None: searched per site for "smoothquant" and "qqq", 0.1
+            per channel and 0.3 with groups (DeepCompressor's settings) for "qoq".
 
     Raises:
         ConfigError: a name is unknown, or the combination is not supported; the message says what
@@ -86,13 +88,17 @@ def make(
         )
     if method == "qoq" and found.weights.levels != "qoq":
         raise ConfigError(f"method='qoq' needs scheme='w4a8-qoq', found scheme={scheme!r}")
-    if method == "smoothquant" and found.activations is None:
+    if method in ("smoothquant", "qqq") and found.activations is None:
         raise ConfigError(
-            f"method='smoothquant' eases the rounding of activations, which scheme={scheme!r} does "
+            f"{method=} eases the rounding of activations, which scheme={scheme!r} does "
             "not round; use it with w8a8, w4a8, w4a8-qqq, w4a8-qoq, w4a4 or fp8, or choose gptq or rtn"
         )
     if strength is not None and not 0 <= strength <= 1:
         raise ConfigError(f"smooth_strength={strength} is outside [0, 1]")
+    if strength is not None and method not in _SMOOTHING:
+        raise ConfigError(
+            f"smooth_strength={strength}: {method=} does not smooth; use {', '.join(_SMOOTHING)}"
+        )
     if not 0 < damping < 1:
         raise ConfigError(f"damping={damping} is outside (0, 1)")
     size = _default_group(found) if group_size is None else group_size
@@ -104,9 +110,10 @@ def make(
     return Recipe(
         scheme=found,
         group_size=size,
-        rounding="gptq" if method in ("gptq", "qoq") else "rtn",
-        smooth=method in ("smoothquant", "qoq"),
+        rounding="gptq" if method in ("gptq", "qqq", "qoq") else "rtn",
+        smooth=method in _SMOOTHING,
         strength=strength,
+        smooth_outputs=method == "qqq",
         act_order=act_order,
         damping=damping,
         clip=ClipSearch() if search else None,
@@ -141,8 +148,14 @@ def check_model(recipe: Recipe, config: ModelConfig) -> None:
     """Refuses a recipe that a model's shapes do not allow, before any work.
 
     Raises:
-        ConfigError: the group size does not divide an input width; the message lists sizes that do.
+        ConfigError: the group size does not divide an input width (the message lists sizes that do), or tokens skip
+            layers and the recipe calibrates.
     """
+    if recipe.needs_calibration and config.depth is not None:
+        raise ConfigError(
+            "the model's tokens skip layers (dynamic_* keys), and calibration runs all layers for all tokens; "
+            "use method='rtn'"
+        )
     for name, width in _widths(config).items():
         schemes.check_group_size(width, recipe.group_size, name)
 

@@ -7,6 +7,7 @@ outputs into it W <- Q^T W; the output head (W diag(gain)) Q. Values are rotated
 which o_proj undoes.
 """
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def rotate(model: Llama, rotation: Rotation) -> Llama:
     q = jnp.asarray(rotation.residual, jnp.float32)
     layers = [_rotate_layer(layer, rotation, q, config) for layer in model.model.layers]
     inner = LlamaModel(nn.Embedding(_matmul(table, q)), layers, _unit_norm(model.model.norm))
-    return Llama(config, inner, nn.Linear(_matmul(head * gain, q)))
+    return Llama(config, inner, nn.Linear(_matmul(head * gain, q)), _rotate_routers(model.depth, q))
 
 
 def attach(model: Llama, rotation: Rotation) -> Llama:
@@ -91,12 +92,29 @@ def _check(model: Llama, rotation: Rotation) -> None:
         raise errors.ConfigError(
             f"rotation of heads is of order {len(rotation.head)}, the model's head_dim is {head_dim}"
         )
+    if model.depth is not None and model.depth.config.code_bits is not None:
+        raise errors.ConfigError(
+            f"dynamic_router_bits={model.depth.config.code_bits}: routers that see codes of the hidden state cannot be "
+            "rotated; drop rotate"
+        )
     for layer in model.model.layers:
         parts = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj)
         if not all(isinstance(part, nn.Linear) for part in parts):
             raise errors.ConfigError(
                 "rotation needs dense linears that are not fused; rotate before quantizing"
             )
+
+
+def _rotate_routers(depth, q):
+    """Routers read the residual stream; None stays None."""
+    if depth is None:
+        return None
+    rotated = copy.deepcopy(depth)
+    for router in rotated.routers:
+        router.up_proj.weight[...] = _matmul(router.up_proj.weight[...], q)
+    if rotated.predictor is not None:
+        rotated.predictor.weight[...] = _matmul(rotated.predictor.weight[...], q)
+    return rotated
 
 
 def _matmul(a, b):

@@ -55,19 +55,24 @@ def padded(rows: Sequence[Shaped[np.ndarray, "..."]], width: int) -> np.ndarray:
 def load(examples, store, width: int, rows: Sequence[int]) -> Batch:
     """The batch of these examples; an index that occurs again (filling up a batch) counts once."""
     parts = [store.rows(row) for row in rows]
+    return Batch(
+        tokens=padded([examples[row].tokens for row in rows], width),
+        inputs=padded([part[0] for part in parts], width).astype(np.float32),
+        final=padded([part[1] for part in parts], width).astype(np.float32),
+        greedy=padded([part[2] for part in parts], width),
+        counts=counted(examples, width, rows),
+    )
+
+
+def counted(examples, width: int, rows: Sequence[int]) -> Bool[np.ndarray, "B T"]:
+    """Positions that count in the loss; see `Batch.counts` and `load`."""
     counts = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         length = len(examples[row].tokens)
         if row not in rows[:i]:
             # Row t predicts the token at t + 1; the last position's is not in the text.
             counts[i, max(examples[row].response - 1, 0) : length - 1] = True
-    return Batch(
-        tokens=padded([examples[row].tokens for row in rows], width),
-        inputs=padded([part[0] for part in parts], width).astype(np.float32),
-        final=padded([part[1] for part in parts], width).astype(np.float32),
-        greedy=padded([part[2] for part in parts], width),
-        counts=counts,
-    )
+    return counts
 
 
 def shuffled(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -27,12 +28,13 @@ class Settings:
     Attributes:
         total_steps: steps in all, resumed ones included.
         learning_rate: peak of AdamW's.
-        warmup_steps: linear warm-up before the cosine decay to a twentieth of the peak.
+        warmup_steps: linear warm-up before the cosine decay.
         weight_decay: AdamW's.
         clip_norm: bound of the gradient's global norm.
         feature_noise: width of the uniform noise on the input features (EAGLE's augmentation), times 512 / length.
         seed: of noise and order.
         save_every: steps between checkpoints.
+        final_rate: what the learning rate decays to, relative to its peak.
     """
 
     total_steps: int
@@ -43,6 +45,7 @@ class Settings:
     feature_noise: float
     seed: int
     save_every: int
+    final_rate: float = 0.05
 
 
 class Trainer:
@@ -50,22 +53,24 @@ class Trainer:
 
     The state on disk is the parameters, the optimizer's moments and the step; order of batches and noise follow from
     seed and step, so a resumed run computes what an uninterrupted one would have.
+
+    Here it is a draft head; `specjax.depth.training` trains something else by overriding `load` and `objective`.
     """
 
-    def __init__(self, head, loss: Loss, weights: losses.Weights, settings: Settings, folder: Path):
+    def __init__(self, head, loss: Loss, weights: Any, settings: Settings, folder: Path):
         self._graph, parameters, self._rest = nnx.split(head, nnx.Param, ...)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0,
             settings.learning_rate,
             min(settings.warmup_steps, max(settings.total_steps - 1, 1)),
             settings.total_steps,
-            0.05 * settings.learning_rate,
+            settings.final_rate * settings.learning_rate,
         )
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(settings.clip_norm),
             optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=settings.weight_decay),
         )
-        self._loss, self._weights, self._settings = loss, weights, settings
+        self._loss, self.weights, self.settings = loss, weights, settings
         self.state = (parameters, self._optimizer.init(parameters))
         self.step = 0
         self._manager = ocp.CheckpointManager(
@@ -77,9 +82,9 @@ class Trainer:
         latest = self._manager.latest_step()
         if latest is None:
             return
-        if latest > self._settings.total_steps:
+        if latest > self.settings.total_steps:
             raise ConfigError(
-                f"the checkpoint is at step {latest}, beyond total_steps={self._settings.total_steps}"
+                f"the checkpoint is at step {latest}, beyond total_steps={self.settings.total_steps}"
             )
         leaves, tree = jax.tree.flatten(self.state)
         restored = self._manager.restore(latest, args=ocp.args.StandardRestore(leaves))
@@ -89,10 +94,21 @@ class Trainer:
         """The head with its present parameters."""
         return nnx.merge(self._graph, self.state[0], self._rest)
 
+    def load(self, examples, store, width: int, rows) -> Any:
+        """The batch of some examples."""
+        return batches.load(examples, store, width, rows)
+
+    def objective(self, head, target: Llama, vocab, batch, key: jax.Array, step: jax.Array):
+        """Loss and measurements of a training step: the loss with noise, if there is any."""
+        noise = self.settings.feature_noise * 512 / batch.tokens.shape[1]
+        noisy = batch.inputs + noise * (jax.random.uniform(key, batch.inputs.shape) - 0.5)
+        batch = dataclasses.replace(batch, inputs=noisy)
+        return self._loss(head, target, vocab, batch, self.weights)
+
     def run(
         self,
         target: Llama,
-        vocab: losses.Vocabulary,
+        vocab: losses.Vocabulary | None,
         examples,
         store,
         plan,
@@ -105,13 +121,14 @@ class Trainer:
             report: called after each step with step, epoch and measurements.
             on_save: called after each checkpoint.
         """
-        settings = self._settings
+        settings = self.settings
         order = batches.shuffled(plan, settings.seed, self.step)
         while self.step < settings.total_steps:
             epoch, (width, rows) = next(order)
-            batch = batches.load(examples, store, width, rows)
+            batch = self.load(examples, store, width, rows)
             key = jax.random.fold_in(jax.random.key(settings.seed), self.step)
-            self.state, measured = self._update(self.state, self._rest, target, vocab, batch, key)
+            draw = key, jnp.int32(self.step)
+            self.state, measured = self._update(self.state, self._rest, target, vocab, batch, *draw)
             self.step += 1
             report(self.step, epoch, measured)
             if self.step % settings.save_every == 0 or self.step == settings.total_steps:
@@ -126,15 +143,12 @@ class Trainer:
         self._manager.wait_until_finished()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _update(self, state, rest, target, vocab, batch, key):
+    def _update(self, state, rest, target, vocab, batch, key, step):
         parameters, moments = state
-        noise = self._settings.feature_noise * 512 / batch.tokens.shape[1]
-        noisy = batch.inputs + noise * (jax.random.uniform(key, batch.inputs.shape) - 0.5)
-        batch = dataclasses.replace(batch, inputs=noisy)
 
         def loss(parameters):
             head = nnx.merge(self._graph, parameters, rest)
-            return self._loss(head, target, vocab, batch, self._weights)
+            return self.objective(head, target, vocab, batch, key, step)
 
         (value, measured), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes counters and floats
@@ -145,13 +159,15 @@ class Trainer:
     @functools.partial(jax.jit, static_argnums=0)
     def _measure(self, parameters, rest, target, vocab, batch):
         head = nnx.merge(self._graph, parameters, rest)
-        return self._loss(head, target, vocab, batch, self._weights)[1]
+        return self._loss(head, target, vocab, batch, self.weights)[1]
 
-    def evaluate(self, target: Llama, vocab: losses.Vocabulary, examples, store, plan) -> dict:
+    def evaluate(
+        self, target: Llama, vocab: losses.Vocabulary | None, examples, store, plan
+    ) -> dict:
         """Sums of the measurements over held-out examples."""
         total = None
         for width, rows in plan:
-            batch = batches.load(examples, store, width, rows)
+            batch = self.load(examples, store, width, rows)
             measured = self._measure(self.state[0], self._rest, target, vocab, batch)
             measured = jax.tree.map(np.asarray, measured)
             total = measured if total is None else jax.tree.map(np.add, total, measured)

@@ -4,6 +4,7 @@ import pytest
 
 from experiments import bench_decode, common, roofline
 from specjax.errors import ConfigError
+from tests import paths
 
 
 @pytest.fixture
@@ -111,3 +112,24 @@ def test_bad_input_exits_with_a_message(run, tiny, prompts, tmp_path):
     more = ("--drafters=none", "--roofline", "--max_new_tokens=1")
     code, _, errors = run(bench_decode, *arguments, *more)
     assert code == 2 and "--roofline" in errors
+
+
+def test_all_methods_and_their_traces(run, tiny, prompts, tmp_path):
+    output = tmp_path / "bench.jsonl"
+    code, printed, errors = run(
+        bench_decode,
+        f"--model={tiny}",
+        "--preset=all-methods",
+        f"--draft_checkpoints={paths.fixture('eagle2-tiny')}",
+        f"--prompts_file={prompts}",
+        "--repeats=1",
+        "--max_new_tokens=8",
+        "--trace",
+        f"--output={output}",
+    )
+    assert code == 0, errors
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    summaries = [row for row in rows if row["record"] == "summary"]
+    assert [row["drafter"].split("(")[0] for row in summaries] == ["none", "ngram", "eagle"]
+    assert printed.count("drafted ") == 2 and printed.count("resampled ") == 2
+    assert "[bonus: " in printed or "[resampled: " in printed

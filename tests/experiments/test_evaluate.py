@@ -323,3 +323,14 @@ def test_weights_are_described_by_what_is_stored():
     assert evaluate.describe_weights(str(paths.fixture("tiny-fp16"))) == "dense"
     assert evaluate.describe_weights(str(paths.fixture("tiny-gptq-g128"))) == "w4a16 g128"
     assert evaluate.describe_weights(str(paths.fixture("tiny-qqq-g128"))) == "w4a8-qqq g128"
+
+
+def test_rounds_of_a_hierarchical_drafter(run, arguments, tmp_path, tiny):
+    flags = ("--drafter=hierarchical", f"--draft_checkpoint={tiny}", "--min_draft_depth=2")
+    flags += ("--inner_drafter=ngram", "--limit=1", "--max_new_tokens=8")
+    assert run(evaluate, *arguments("human_eval", *flags))[0] == 0
+    [row] = benchmark_data.read(tmp_path / "out" / "human_eval" / "run.jsonl")
+    [choice] = row["choices"]
+    assert set(choice["accept_lengths"]) <= {1, 2, 3, 4}
+    assert choice["cascade_accept_lengths"] and min(choice["cascade_accept_lengths"]) >= 1
+    assert sum(choice["cascade_accept_lengths"]) <= row["metrics"][0]["num_draft_tokens"]

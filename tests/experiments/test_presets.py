@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments import benchmarks, common, evaluate, generate, preset, similarity
+from experiments import bench_decode, benchmarks, common, evaluate, generate, preset, similarity
 from specjax.drafters import registry
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
@@ -69,12 +69,13 @@ def test_all_configurations_of_the_reference_are_there():
 def test_every_preset_makes_a_valid_configuration(name):
     settings = preset.lookup(name)
     binary = similarity if "candidate" in settings else evaluate
+    binary = bench_decode if "drafters" in settings else binary
     known = common.parse(binary.define_flags, ["--output=x"])
     unknown = set(settings) - set(known)
     assert not unknown
     given = [] if "model" in settings else ["--model=DIR"]
     inner = settings.get("drafter") == "hierarchical"
-    needs_model = settings.get("drafter") in ("lm", "hierarchical")
+    needs_model = settings.get("drafter") in ("lm", "hierarchical", "medusa")
     given += ["--draft_checkpoint=DIR"] if needs_model else []
     given += ["--inner_checkpoint=DIR"] if inner else []
     values = _applied(f"--preset={name}", "--output=x", *given, binary=binary)
@@ -83,9 +84,9 @@ def test_every_preset_makes_a_valid_configuration(name):
         registry.check(spec)
         if spec.get("scheme") is not None and spec["kind"] == "self":
             schemes.lookup(spec["scheme"])
-    else:
+    elif binary is similarity:
         schemes.lookup(values.candidate)
-    if values.benchmark is not None:
+    if "benchmark" in settings:
         benchmarks.lookup(values.benchmark)
 
 

@@ -35,6 +35,7 @@ def codes(model):
         ("w8a16", "rtn", -1, 0.02),
         ("w8a8", "smoothquant", -1, 0.05),
         ("w4a16", "gptq", 32, 0.25),
+        ("w4a8-qqq", "qqq", -1, 0.3),
         ("w4a8-qoq", "qoq", 32, 0.25),
         ("fp8", "rtn", -1, 0.1),
     ],
@@ -143,10 +144,11 @@ def test_model_refusals():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("w4a16", "awq"), "method='awq' is unknown; supported: rtn, gptq, smoothquant, qoq"),
+        (("w4a16", "awq"), "method='awq' is unknown; supported: rtn, gptq, smoothquant, qqq, qoq"),
         (("w5a16", "rtn"), "scheme='w5a16' is unknown; known schemes: w8a16, w4a16"),
         (("w8a8", "qoq"), "method='qoq' needs scheme='w4a8-qoq'"),
         (("w4a16", "smoothquant"), "which scheme='w4a16' does not round"),
+        (("w8a16", "qqq"), "method='qqq' eases the rounding of activations"),
     ],
 )
 def test_recipe_refusals(arguments, message):
@@ -169,6 +171,11 @@ def test_setting_refusals(settings, message):
         recipe.make("w8a8", "smoothquant", **settings)
 
 
+def test_a_strength_needs_a_method_that_smooths():
+    with pytest.raises(ConfigError, match="does not smooth; use smoothquant, qqq, qoq"):
+        recipe.make("w4a8", "gptq", strength=0.5)
+
+
 def test_recipe_defaults():
     assert recipe.make("w4a16", "gptq").group_size == 128
     assert recipe.make("w4a8-qqq", "gptq").group_size == -1
@@ -178,6 +185,13 @@ def test_recipe_defaults():
     qoq = recipe.make("w4a8-qoq", "qoq", group_size=-1)
     assert (qoq.rounding, qoq.smooth, qoq.strength) == ("gptq", True, 0.1)
     assert dataclasses.replace(qoq, smooth=False).needs_calibration
+    qqq = recipe.make("w4a8-qqq", "qqq")
+    assert (qqq.rounding, qqq.smooth, qqq.smooth_outputs, qqq.strength) == (
+        "gptq",
+        True,
+        True,
+        None,
+    )
 
 
 def test_linears_of_a_fused_layer_are_refused():

@@ -9,13 +9,15 @@ from specjax.pallas.tree_attention import config, reference
 
 
 # Pallas is imported where there is a GPU for it only: it takes a third of the import time of this package.
-def _mosaic(*args, **kwargs):
+def _mosaic(*args, valid, **kwargs):
     from specjax.pallas.tree_attention import mosaic
 
     return mosaic.tree_attention(*args, **kwargs)
 
 
-def _mosaic_refuses(*args, **kwargs) -> str | None:
+def _mosaic_refuses(*args, valid, **kwargs) -> str | None:
+    if valid is not None:
+        return "tokens skip layers (routed depth), and the kernel has no mask of valid slots"
     reason = device.unsupported(config.ARCHS)
     if reason is not None:
         return reason
@@ -38,6 +40,7 @@ def tree_attention(
     start: Int[Array, "B"],
     prefix: Int[Array, "B"],
     tail: Bool[Array, "B T W"] | None,
+    valid: Bool[Array, "B S"] | None = None,
     backend: dispatch.Backend = "auto",
 ) -> Float[Array, "B T H C"]:
     """See `reference.tree_attention`, which defines the op.
@@ -50,6 +53,7 @@ def tree_attention(
         start=start,
         prefix=prefix,
         tail=tail,
+        valid=valid,
     )
 
 

@@ -33,14 +33,18 @@ def tree_attention(
     start: Int[Array, "B"],
     prefix: Int[Array, "B"],
     tail: Bool[Array, "B T W"] | None,
+    valid: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B T H C"]:
     """softmax(q k^T / sqrt(C)) v with float32 scores; each query head h reads kv head h // (H / K).
 
-    Rows that see nothing get finite junk. Every row of a block sees at least its own slot.
+    Rows that see nothing get finite junk. Every row of a block sees at least its own slot, but for the slots that are
+    not `valid`, which no row sees (None: all are).
     """
     batch, rows, heads, channels = q.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     visible = visible_slots(capacity, rows, start, prefix, tail)
+    if valid is not None:
+        visible &= valid[:, None]
     group = heads // kv_heads
     grouped = q.reshape(batch, rows, kv_heads, group, channels).transpose(0, 2, 1, 3, 4)
     grouped = grouped.reshape(batch, kv_heads, rows * group, channels)

@@ -1,0 +1,232 @@
+"""Trains token-adaptive depth (D-LLM): routers that let tokens skip layers, and low-rank updates of q, k and v.
+
+    python -m experiments.train_depth --model=smollm2-135m --text_file=text.jsonl --output=ROUTED
+    python -m experiments.train_depth --model=DIR --prompts_file=prompts.jsonl --router_bits=none --output=ROUTED
+
+The base stays frozen. The work folder (default: beside the output) holds Orbax checkpoints of adapter and optimizer,
+the answers to --prompts_file, and the curve; interrupted at any point and started again with the same flags, the run
+goes on. After each checkpoint the held-out documents are evaluated with the decisions of inference, the updates are
+merged, and the routed model is written to --output as a Hugging Face folder whose config.json has dynamic_* keys
+(`specjax.load` reads it), with recipe and curve in its training.json.
+"""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from tqdm import tqdm
+
+import specjax
+from experiments import common, environment, own_text, training_runs
+from specjax import checkpoints, config, conversion, tokenizer
+from specjax.checkpoints import export, hub, writer
+from specjax.depth import adapter as adapters
+from specjax.depth.config import DepthConfig
+from specjax.errors import ConfigError
+from specjax.models import llama
+from specjax.models.llama import Llama
+from specjax.quant import rotation
+
+_ROUTERS = ("target_rate", "router_bits", "router_width", "start_layer", "reserved_tokens")
+# Flags that belong to the recipe: a work folder made with other values is refused.
+_RECIPE = (
+    *("model", "seed", *training_runs.TEXT_RECIPE, *_ROUTERS, "rate_weight", "lora_rank"),
+    *("dropout", "total_steps", "tokens_per_batch", "learning_rate", "warmup_steps"),
+    *("weight_decay", "clip_norm"),
+)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags of this binary."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    choice = functools.partial(flags.DEFINE_enum, flag_values=values)
+    string("model", None, "The base: checkpoint folder, .gguf file, model name or hub id.")
+    string("output", None, "Folder for the routed model; replaced after each checkpoint.")
+    string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
+    training_runs.define_text_flags(values)
+    integer("seed", 0, "Of initial values, order and noise.")
+    number("target_rate", 0.5, "Share of the layers that a token shall run through.")
+    choice(
+        "router_bits", "4", ("none", "4", "8"), "Codes that routers see; none: the state itself."
+    )
+    integer("router_width", 512, "Hidden units of a router.", lower_bound=1)
+    integer("start_layer", 2, "First layer that can be skipped.", lower_bound=0)
+    integer("reserved_tokens", 2, "First tokens that run through all layers.", lower_bound=0)
+    number("rate_weight", 5.0, "Final weight of the distance from --target_rate.", lower_bound=0.0)
+    integer("lora_rank", 8, "Rank of the updates of q, k and v.", lower_bound=1)
+    number("dropout", 0.05, "Of the updates' outputs.", lower_bound=0.0, upper_bound=0.9)
+    integer("total_steps", 2000, "Optimizer steps.", lower_bound=1)
+    integer("tokens_per_batch", 4096, "Padding included.", lower_bound=128)
+    integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
+    number("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
+    integer("warmup_steps", 100, "Linear warm-up.", lower_bound=0)
+    number("weight_decay", 0.02, "AdamW's.", lower_bound=0.0)
+    number("clip_norm", 1.0, "Bound of the gradient's norm.", lower_bound=0.0)
+    choice("dtype", None, config.DTYPES, "Compute dtype of the base. Default: float32 on CPUs.")
+    choice("export_dtype", None, config.DTYPES, "Of the written weights. Default: the base's.")
+    flags.DEFINE_boolean("overwrite", False, "Replace --output of another run.", flag_values=values)
+    flags.mark_flags_as_required(["model", "output"], flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Trains up to --total_steps."""
+    if not values.text_file and values.prompts_file is None:
+        raise ConfigError("give --text_file or --prompts_file")
+    training_runs.check_text(values)
+    depth = _depth(values)
+    work, output = training_runs.claim(values, _RECIPE)
+    base = _Base(values)
+    run = _Run(values, base, depth, work, output)
+    run.train()
+    print(json.dumps({"dense": run.dense, **(run.curve[-1] if run.curve else {})}, indent=1))
+
+
+def _depth(values: flags.FlagValues) -> DepthConfig:
+    bits = values.router_bits
+    fields = {name: values[name].value for name in _ROUTERS if name != "router_bits"}
+    return DepthConfig(code_bits=None if bits == "none" else int(bits), **fields)
+
+
+class _Base:
+    """The model that is trained, in canonical form, and where it came from."""
+
+    def __init__(self, values: flags.FlagValues):
+        self.path = hub.resolve(values.model)
+        checkpoint = checkpoints.open_checkpoint(self.path)
+        if checkpoint.config.depth is not None:
+            raise ConfigError(f"{values.model} has routers already; start from its base")
+        if self.path.is_dir() and rotation.find(self.path) is not None:
+            raise ConfigError(
+                f"{values.model} is rotated; train what it was made from, then convert the result"
+            )
+        self.tokenizer = tokenizer.load(self.path, checkpoint)
+        if self.tokenizer is None:
+            raise ConfigError(f"{values.model} has no tokenizer files, which the text needs")
+        stored = checkpoint.config.dtype
+        on_cpu = jax.default_backend() == "cpu"
+        dtype = values.dtype or ("float32" if on_cpu else stored)
+        self.module = llama.build(checkpoint, jnp.dtype(dtype))
+        adapters.check_base(self.module)
+        self.export_dtype = values.export_dtype or stored
+
+
+class _Run:
+    """One training run: text, trainer, curve."""
+
+    def __init__(self, values, base: _Base, depth: DepthConfig, work: Path, output: Path):
+        from specjax.training import batches, text
+
+        self._values, self._base, self._work, self._output = values, base, work, output
+        self._depth = depth
+        files = [Path(name) for name in values.text_file]
+        limits = {"max_length": values.max_length, "loss_on": values.loss_on}
+        examples = [e for file in files for e in text.read(file, base.tokenizer, **limits)]
+        if values.prompts_file:
+            model = specjax.load(values.model)
+            answers = own_text.answers(values, model, Path(values.prompts_file), work)
+            examples += text.read_answers(answers, **limits)
+        self._examples, self._held_out = text.split(
+            examples, values.held_out, values.seed, values.max_documents
+        )
+        self._plans = [
+            batches.plan([len(e.tokens) for e in rows], values.tokens_per_batch)
+            for rows in (self._examples, self._held_out)
+        ]
+        self.curve, self.dense = [], self._evaluate_dense()
+
+    def _evaluate_dense(self) -> dict[str, float]:
+        """Held-out perplexity of the base with all its layers."""
+        from specjax.depth import training
+
+        total = None
+        for width, rows in self._plans[1]:
+            sums = training.dense(self._base.module, training.load(self._held_out, width, rows))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        return training.summary(total)
+
+    def train(self) -> None:
+        """Trains, evaluates and exports."""
+        from specjax.depth import training
+
+        values, target = self._values, self._base.module
+        key = jax.random.key(values.seed)
+        adapter = adapters.init(key, target.config, self._depth, values.lora_rank)
+        weights = training.Weights(rate=values.rate_weight, dropout=values.dropout)
+        trainer = training.Trainer(adapter, weights, _settings(values), self._work / "checkpoints")
+        self.curve = training_runs.read_curve(self._work, trainer.step)
+        bar = tqdm(total=values.total_steps, initial=trainer.step, unit="step", desc="training")
+        last = {}
+
+        def report(step, epoch, measured):
+            last.update(measured, epoch=epoch)
+            bar.update()
+            if step % 10 == 0:
+                shown = training.summary(measured)["executed"]
+                bar.set_postfix(loss=f"{float(measured['loss']):.3f}", executed=f"{shown:.3f}")
+
+        def saved():
+            sums = trainer.evaluate(target, None, self._held_out, None, self._plans[1])
+            row = {"step": trainer.step, "epoch": last["epoch"], "loss": float(last["loss"])}
+            row |= {"train": training.summary(last), "held_out": training.summary(sums)}
+            self.curve.append(row)
+            training_runs.write_curve(self._work, self.curve)
+            tqdm.write(json.dumps(row))
+            self._export(trainer.head())
+
+        with bar:
+            trainer.run(target, None, self._examples, None, self._plans[0], report, saved)
+
+    def _export(self, adapter: adapters.Adapter) -> None:
+        facts = {
+            "recipe": training_runs.recipe_facts(self._values, _RECIPE),
+            "documents": len(self._examples),
+            "tokens": sum(len(example.tokens) for example in self._examples),
+            "dense": self.dense,
+            "curve": self.curve,
+            "environment": environment.record(),
+        }
+        module = adapters.routed(self._base.module, adapter)
+        write(module, self._output, self._base, facts)
+
+
+def write(module: Llama, output: Path, base: _Base, facts: dict) -> None:
+    """The routed model with the base's tokenizer files and `facts`; the folder appears whole or not at all."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        conversion.copy_side_files(base.path, base.tokenizer, folder)
+        writer.write_json(folder / "training.json", facts)
+        export.export(
+            *(module, dataclasses.replace(module.config, dtype=base.export_dtype), output),
+            format=export.DENSE,
+            dtype=base.export_dtype,
+            extra_files=sorted(folder.iterdir()),
+            source=base.path.name,
+            overwrite=True,
+        )
+
+
+def _settings(values: flags.FlagValues):
+    from specjax.training import loop
+
+    return loop.Settings(
+        total_steps=values.total_steps,
+        learning_rate=values.learning_rate,
+        warmup_steps=values.warmup_steps,
+        weight_decay=values.weight_decay,
+        clip_norm=values.clip_norm,
+        feature_noise=0.0,
+        seed=values.seed,
+        save_every=values.save_every,
+        final_rate=0.0,
+    )
+
+
+if __name__ == "__main__":
+    common.run(define_flags, main)

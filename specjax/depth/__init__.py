@@ -1,0 +1,1 @@
+"""Token-adaptive depth (D-LLM, SpaDec): which layers a token runs through."""
