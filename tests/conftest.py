@@ -1,5 +1,8 @@
 """Settings of every test: shapes and dtypes checked at run time, strict promotion, exact matmuls."""
 
+import gc
+from pathlib import Path
+
 import jax
 import jaxtyping
 import pytest
@@ -25,3 +28,17 @@ def hurried():
 
     with tiny.hurried_compiler():
         yield
+
+
+# Every compiled program takes some memory mappings; Linux ends a process that has 65,530 of them.
+_MAPPINGS = Path("/proc/self/maps")
+_MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_mappings():
+    """Lets go of compiled programs between modules once there are many."""
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
