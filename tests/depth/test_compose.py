@@ -65,8 +65,7 @@ PRODUCT = [
     for batch in (1, 3)
 ]
 # Five requests in three slots: two of these are refilled.
-FAST = {(name, "dense", 3) for name in ("none", "lm", "eagle", "medusa", "hierarchical")}
-FAST |= {("self", "w4a16", 3), ("eagle", "w4a16", 1), ("none", "dense", 1)}
+FAST = {(name, "dense", 3) for name in ("none", "eagle", "medusa")} | {("self", "w4a16", 3)}
 
 
 @pytest.mark.parametrize(

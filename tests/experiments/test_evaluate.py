@@ -9,7 +9,7 @@ import time
 import pytest
 
 import specjax
-from experiments import answering, evaluate, rescore
+from experiments import answering, common, evaluate, rescore
 from specjax import trace
 from tests import paths
 from tests import tiny as models
@@ -313,10 +313,15 @@ def test_code_is_scored_with_permission_only(run, arguments, data, tmp_path):
 
 
 def test_a_run_is_named_after_what_ran():
-    name = evaluate._run_name
+    def name(model, weights, spec, *more):
+        values = common.parse(evaluate.define_flags, [f"--model={model}", "--output=x", *more])
+        return evaluate._run_name(values, weights, spec)
+
     assert name("dir/tiny.gguf", "w4a16 g32", {"kind": "none"}) == "tiny_w4a16-g32_none"
     spec = {"kind": "eagle", "model": "/a/b/head", "num_nodes": 8}
     assert name("smollm2-135m", "dense", spec) == "smollm2-135m_dense_eagle-model=head,-num_nodes=8"
+    routed = ("--depth=routed", "--tree_selection=vote")
+    assert name("m", "dense", {"kind": "none"}, *routed) == "m_dense_none_routed_vote"
 
 
 def test_weights_are_described_by_what_is_stored():
