@@ -8,6 +8,9 @@ SHELL := /bin/bash
 
 WORKERS ?= 2
 RESULTS := .cache
+VENV := .venv$(if $(JAX),-jax-$(JAX))
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
 AOT_VENV := .venv-aot
 AOT_PYTHON := $(AOT_VENV)/bin/python
 AOT_INSTALLED := $(AOT_VENV)/.installed
