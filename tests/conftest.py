@@ -32,7 +32,7 @@ def hurried():
 
 # Every compiled program takes some memory mappings; Linux ends a process that has 65,530 of them.
 _MAPPINGS = Path("/proc/self/maps")
-_MOST_MAPPINGS = 20_000
+_MOST_MAPPINGS = 40_000
 
 
 @pytest.fixture(autouse=True, scope="module")

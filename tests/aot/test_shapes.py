@@ -55,6 +55,7 @@ def test_an_8b_model_of_4_bits_for_a_gpu_is_packed():
     assert weight_bytes(target) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_forms_of_other_backends_and_schemes():
     with device.targeting(topology.lookup("h200")):
         codes = model(backend="xla").model.layers[0].mlp.down_proj

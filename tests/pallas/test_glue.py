@@ -129,7 +129,7 @@ class SplitLinear:
         return Parts(sums=sums, shape=(*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
 
 
-@pytest.mark.parametrize("is_chain", [True, False])
+@pytest.mark.parametrize("is_chain", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_model_through_these_kernels(monkeypatch, is_chain):
     """Same logits and cache as through plain jnp, for a tree and for a chain that are padded to 8 rows."""
     config = tiny.config(
