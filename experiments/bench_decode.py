@@ -27,20 +27,18 @@ relates plain decoding of the first prompt to them ("record": "roofline").
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import specjax
 from experiments import (
     common,
+    contest,
     environment,
     methods,
     preset,
@@ -53,30 +51,6 @@ from experiments import (
 from specjax.aot import shapes
 from specjax.drafters import registry
 from specjax.errors import ConfigError
-
-
-@dataclass(kw_only=True)
-class Contestant:
-    """A drafter and what was measured of it.
-
-    Attributes:
-        spec: as given.
-        drafter: built for the model.
-        runs: per repeat the results of every group; the first repeat is the warm-up.
-    """
-
-    spec: dict[str, Any]
-    drafter: Any
-    runs: list[list[list[specjax.GenerationResult]]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return common.label(self.spec)
-
-    @property
-    def outputs(self) -> list[list[int]]:
-        """Tokens of every prompt, of the warm-up."""
-        return [result.output_ids for group in self.runs[0] for result in group]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -148,16 +122,28 @@ def main(values: flags.FlagValues) -> None:
         model = common.load_model(values, specs)
         encoded = records.encode(model, prompts, values.prompts_file, values.max_length)
     config = _config(values, model)
-    contestants = [Contestant(spec=spec, drafter=model.drafter(spec)) for spec in specs]
+    contestants = [
+        contest.Contestant(
+            name=common.label(spec),
+            facts={"drafter": common.label(spec), "spec": common.full_spec(spec)},
+            model=model,
+            drafter=model.drafter(spec),
+        )
+        for spec in specs
+    ]
     with common.profiled(values):
-        measure(model, contestants, encoded, values.repeats, options)
-    summaries = [summarize(contestant, contestants[0]) for contestant in contestants]
+        contest.measure(contestants, encoded, values.repeats, options)
+    summaries = [
+        contest.summarize(contestant, contestants[0], "none") for contestant in contestants
+    ]
     if values.trace:
         for contestant in contestants[1:]:
             print(contestant.name)
             traces.print_trace(model, contestant.drafter, encoded[0], options)
     ids = [prompt["id"] for prompt in prompts]
-    rows = [row for contestant in contestants for row in _run_rows(contestant, ids)] + summaries
+    rows = [
+        row for contestant in contestants for row in contest.run_rows(contestant, ids)
+    ] + summaries
     print_table(summaries)
     if random:
         print("synthetic: random weights" + _imposed(values))
@@ -244,145 +230,25 @@ def _random_config(values: flags.FlagValues) -> dict[str, Any]:
     return {"synthetic": True, **{name: values[name].value for name in names}}
 
 
-def measure(
-    model: specjax.LanguageModel,
-    contestants: Sequence[Contestant],
-    prompts: Sequence[list[int]],
-    repeats: int,
-    options: dict[str, Any],
-) -> None:
-    """Fills in the contestants' runs: a warm-up and `repeats` counted rounds over all prompts."""
-    size = options["batch_size"]
-    starts = range(0, len(prompts), size)
-    total = (repeats + 1) * len(starts) * len(contestants)
-    with tqdm(total=total, unit="run", disable=None) as bar:
-        for repeat in range(repeats + 1):
-            for contestant in contestants:
-                contestant.runs.append([])
-            for start in starts:
-                shift = repeat % len(contestants)
-                for contestant in [*contestants[shift:], *contestants[:shift]]:
-                    bar.set_postfix_str(("warm-up " if repeat == 0 else "") + contestant.name)
-                    group = prompts[start : start + size]
-                    numbers = range(start, start + len(group))
-                    results = model.generate_iter(
-                        group, contestant.drafter, request_ids=numbers, **options
-                    )
-                    ordered = sorted(results, key=lambda pair: pair[0])
-                    contestant.runs[-1].append([result for _, result in ordered])
-                    bar.update()
-
-
-def total_metrics(groups: Sequence[Sequence[specjax.GenerationResult]]) -> dict[str, Any]:
-    """Metrics of one round over all groups.
-
-    The requests of a group start together, so its time is that of the one that ran longest.
-    """
-    each = [result.metrics for group in groups for result in group]
-    longest = [max(group, key=lambda result: result.metrics.decode_ms).metrics for group in groups]
-    decode_ms = sum(metrics.decode_ms for metrics in longest)
-    total = specjax.Metrics(
-        num_spec_steps=sum(metrics.num_spec_steps for metrics in each),
-        num_draft_tokens=sum(metrics.num_draft_tokens for metrics in each),
-        acceptance_histogram=_sums(each, "acceptance_histogram"),
-        prefill_ms=sum(metrics.prefill_ms for metrics in longest),
-        decode_ms=decode_ms,
-        compile_ms=sum(metrics.compile_ms for metrics in longest),
-        batch_size=each[0].batch_size,
-        new_tokens=sum(metrics.new_tokens for metrics in each),
-        lossless=each[0].lossless,
-        layer_runs=_sums(each, "layer_runs"),
-        inner_acceptance_histogram=_sums(each, "inner_acceptance_histogram"),
-    )
-    # Every request's first token is prefill's.
-    decoded = total.new_tokens - len(each)
-    rate = decoded / decode_ms * 1e3 if decode_ms > 0 else None
-    return total.to_dict() | {"tokens_per_s": rate}
-
-
-def _sums(each: Sequence[specjax.Metrics], name: str) -> tuple[int, ...] | None:
-    """Histograms added up; None where they are."""
-    rows = [getattr(metrics, name) for metrics in each]
-    return None if None in rows else tuple(np.sum(rows, axis=0).tolist())
-
-
-def _run_rows(contestant: Contestant, ids: Sequence[Any]) -> list[dict[str, Any]]:
-    """One row per counted round."""
-    rows = []
-    for repeat, groups in enumerate(contestant.runs[1:]):
-        results = [result for group in groups for result in group]
-        per_prompt = [
-            {
-                "id": name,
-                "new_tokens": result.metrics.new_tokens,
-                "num_spec_steps": result.metrics.num_spec_steps,
-                "decode_ms": result.metrics.decode_ms,
-            }
-            for name, result in zip(ids, results, strict=True)
-        ]
-        rows.append(
-            {
-                "record": "run",
-                "drafter": contestant.name,
-                "spec": common.full_spec(contestant.spec),
-                "repeat": repeat,
-                **total_metrics(groups),
-                "per_prompt": per_prompt,
-            }
-        )
-    return rows
-
-
-def summarize(contestant: Contestant, baseline: Contestant) -> dict[str, Any]:
-    """Medians over the counted rounds; the speed-up is the median of the rounds' own ratios to the baseline."""
-    rounds = [total_metrics(groups) for groups in contestant.runs[1:]]
-    base = [total_metrics(groups)["tokens_per_s"] for groups in baseline.runs[1:]]
-    rates = [metrics["tokens_per_s"] for metrics in rounds]
-    known = None not in rates and None not in base
-    pairs = zip(contestant.outputs, baseline.outputs, strict=True)
-    summary = {
-        "record": "summary",
-        "drafter": contestant.name,
-        "spec": common.full_spec(contestant.spec),
-        "repeats": len(rounds),
-        "tokens_per_s": float(np.median(rates)) if known else None,
-        "tokens_per_s_quartiles": np.percentile(rates, [25, 75]).tolist() if known else None,
-        "tokens_per_s_range": [min(rates), max(rates)] if known else None,
-        "speedup": float(np.median(np.divide(rates, base))) if known else None,
-        "num_prompts": len(contestant.outputs),
-        "outputs_equal_to_none": sum(mine == theirs for mine, theirs in pairs),
-        "warmup_compile_ms": total_metrics(contestant.runs[0])["compile_ms"],
-    }
-    return {**rounds[0], **summary}
-
-
 def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Prints summaries as a table."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 120
     table = Table()
     widest = max(len(row["drafter"]) for row in summaries)
     table.add_column("drafter", overflow="fold", min_width=min(widest, 40))
-    headers = ("tokens/s", "quartiles", "speed-up", "acceptance length", "steps", "new tokens")
     routed = any("executed_fraction" in row for row in summaries)
-    for header in (*headers, *(["layers run"] if routed else []), "equals none"):
+    headers = (*contest.SPEED_HEADERS, "steps", "new tokens", *(["layers run"] if routed else []))
+    for header in (*headers, "equals none"):
         table.add_column(header, justify="right")
     for row in summaries:
-        quartiles = row["tokens_per_s_quartiles"]
-        equal, count = row["outputs_equal_to_none"], row["num_prompts"]
         table.add_row(
             row["drafter"] + ("" if row["lossless"] else " (lossy)"),
-            tables.number(row["tokens_per_s"], ".1f"),
-            "-" if quartiles is None else f"{quartiles[0]:.1f} - {quartiles[1]:.1f}",
-            tables.number(row["speedup"], ".2f"),
-            tables.number(row["mean_acceptance_length"], ".2f"),
+            *contest.speed_cells(row),
             str(row["num_spec_steps"]),
             str(row["new_tokens"]),
             *([tables.number(row["executed_fraction"], ".1%")] if routed else []),
-            "yes" if equal == count else f"no ({equal} of {count})",
+            contest.equal_cell(row, "none"),
         )
-    console.print(table)
+    contest.show(table, console)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ method. --trace prints, for the first prompt, every drafted token that qspec acc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import specjax
-from experiments import bench_decode, common, environment, records, tables, traces
+from experiments import common, contest, environment, records, tables, traces
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
 
@@ -40,28 +37,6 @@ QUANTIZATIONS = {
     "fp4": "fp4-a4",
 }
 _RATIOS = (("qspec", "target"), ("speculative", "target"), ("qspec", "speculative"))
-
-
-@dataclass(kw_only=True)
-class Method:
-    """A way of generating, and what was measured of it.
-
-    Attributes:
-        name: see the module docstring.
-        model: who generates.
-        drafter: built for it.
-        runs: per repeat the results of every group; the first repeat is the warm-up.
-    """
-
-    name: str
-    model: specjax.LanguageModel
-    drafter: Any
-    runs: list[list[list[specjax.GenerationResult]]] = field(default_factory=list)
-
-    @property
-    def outputs(self) -> list[list[int]]:
-        """Tokens of every prompt, of the warm-up."""
-        return [result.output_ids for group in self.runs[0] for result in group]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -100,7 +75,7 @@ def main(values: flags.FlagValues) -> None:
     encoded = records.encode(target, prompts, values.prompts_file, values.max_length)
     options = common.options(values)
     with common.profiled(values):
-        measure(methods, encoded, values.repeats, options)
+        contest.measure(methods, encoded, values.repeats, options)
     summaries = [summarize(method, methods[0]) for method in methods]
     print_table(summaries)
     for line in ratios(summaries):
@@ -110,7 +85,8 @@ def main(values: flags.FlagValues) -> None:
         traces.print_trace(qspec.model, qspec.drafter, encoded[0], options)
     if output is not None:
         config = _config(values, quantizations, target)
-        rows = [row for method in methods for row in run_rows(method)] + summaries
+        ids = [prompt["id"] for prompt in prompts]
+        rows = [row for method in methods for row in contest.run_rows(method, ids)] + summaries
         records.append_rows(output, [row | {"config": config} for row in rows])
         print(f"{len(rows)} rows -> {output}")
 
@@ -132,7 +108,9 @@ def scheme_of(values: flags.FlagValues, role: str) -> str | None:
     return name
 
 
-def build(values: flags.FlagValues, quantizations: dict[str, str | None]) -> list[Method]:
+def build(
+    values: flags.FlagValues, quantizations: dict[str, str | None]
+) -> list[contest.Contestant]:
     """Loads the models; the draft is loaded once as it is stored and once quantized."""
     draft_model = values.draft_model or values.model
     target = common.load_model(values, quantize=quantizations["verify"])
@@ -144,108 +122,43 @@ def build(values: flags.FlagValues, quantizations: dict[str, str | None]) -> lis
         dequantize=values.dequantize,
     )
     spec = {"kind": "lm", "model": draft_model, "draft_depth": values.draft_depth}
-    return [
-        Method(name="target", model=target, drafter=target.drafter("none")),
-        Method(name="draft", model=draft, drafter=draft.drafter("none")),
-        Method(name="speculative", model=target, drafter=target.drafter(spec)),
-        Method(
-            name="qspec",
-            model=target,
-            drafter=target.drafter(spec | {"quantize": quantizations["draft"]}),
-        ),
-    ]
-
-
-def measure(
-    methods: Sequence[Method],
-    prompts: Sequence[list[int]],
-    repeats: int,
-    options: dict[str, Any],
-) -> None:
-    """Fills in the runs: a warm-up and `repeats` counted rounds over all prompts, the methods taking turns."""
-    size = options["batch_size"]
-    starts = range(0, len(prompts), size)
-    with tqdm(total=(repeats + 1) * len(starts) * len(methods), unit="run", disable=None) as bar:
-        for repeat in range(repeats + 1):
-            for method in methods:
-                method.runs.append([])
-            for start in starts:
-                shift = repeat % len(methods)
-                for method in [*methods[shift:], *methods[:shift]]:
-                    bar.set_postfix_str(("warm-up " if repeat == 0 else "") + method.name)
-                    group = prompts[start : start + size]
-                    numbers = range(start, start + len(group))
-                    results = method.model.generate_iter(
-                        group, method.drafter, request_ids=numbers, **options
-                    )
-                    ordered = sorted(results, key=lambda pair: pair[0])
-                    method.runs[-1].append([result for _, result in ordered])
-                    bar.update()
-
-
-def run_rows(method: Method) -> list[dict[str, Any]]:
-    """One row per counted round."""
-    return [
-        {
-            "record": "run",
-            "method": method.name,
-            "repeat": repeat,
-            **bench_decode.total_metrics(groups),
-        }
-        for repeat, groups in enumerate(method.runs[1:])
-    ]
-
-
-def summarize(method: Method, target: Method) -> dict[str, Any]:
-    """Medians over the counted rounds; the speed-up is the median of the rounds' own ratios to the target alone.
-
-    `system_efficiency` is emitted tokens over the most that the steps could have emitted.
-    """
-    rounds = [bench_decode.total_metrics(groups) for groups in method.runs[1:]]
-    base = [bench_decode.total_metrics(groups)["tokens_per_s"] for groups in target.runs[1:]]
-    rates = [metrics["tokens_per_s"] for metrics in rounds]
-    known = None not in rates and None not in base
-    most = rounds[0]["num_spec_steps"] * (method.drafter.max_depth + 1)
-    emitted = rounds[0]["num_spec_steps"] + rounds[0]["num_accepted_draft_tokens"]
-    return {
-        **rounds[0],
-        "record": "summary",
-        "method": method.name,
-        "repeats": len(rounds),
-        "tokens_per_s": float(np.median(rates)) if known else None,
-        "tokens_per_s_quartiles": np.percentile(rates, [25, 75]).tolist() if known else None,
-        "speedup": float(np.median(np.divide(rates, base))) if known else None,
-        "system_efficiency": emitted / most if most else None,
-        "num_prompts": len(method.outputs),
-        "outputs_equal_to_target": sum(
-            mine == theirs for mine, theirs in zip(method.outputs, target.outputs, strict=True)
-        ),
+    quantized = spec | {"quantize": quantizations["draft"]}
+    drafters = {
+        "target": (target, "none"),
+        "draft": (draft, "none"),
+        "speculative": (target, spec),
+        "qspec": (target, quantized),
     }
+    return [
+        contest.Contestant(
+            name=name, facts={"method": name}, model=model, drafter=model.drafter(drafter)
+        )
+        for name, (model, drafter) in drafters.items()
+    ]
+
+
+def summarize(method: contest.Contestant, target: contest.Contestant) -> dict[str, Any]:
+    """The summary with `system_efficiency`: emitted tokens over the most that the steps could have emitted."""
+    summary = contest.summarize(method, target, "target")
+    most = summary["num_spec_steps"] * (method.drafter.max_depth + 1)
+    emitted = summary["num_spec_steps"] + summary["num_accepted_draft_tokens"]
+    return summary | {"system_efficiency": emitted / most if most else None}
 
 
 def print_table(summaries: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Prints summaries as a table."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 120
     table = Table("method")
-    headers = ("tokens/s", "quartiles", "speed-up", "acceptance length", "acceptance rate")
-    for header in (*headers, "efficiency", "equals target"):
+    for header in (*contest.SPEED_HEADERS, "acceptance rate", "efficiency", "equals target"):
         table.add_column(header, justify="right")
     for row in summaries:
-        quartiles = row["tokens_per_s_quartiles"]
-        equal, count = row["outputs_equal_to_target"], row["num_prompts"]
         table.add_row(
             row["method"] + ("" if row["lossless"] else " (lossy)"),
-            tables.number(row["tokens_per_s"], ".1f"),
-            "-" if quartiles is None else f"{quartiles[0]:.1f} - {quartiles[1]:.1f}",
-            tables.number(row["speedup"], ".2f"),
-            tables.number(row["mean_acceptance_length"], ".2f"),
+            *contest.speed_cells(row),
             tables.number(row["draft_acceptance_rate"], ".3f"),
             tables.number(row["system_efficiency"], ".3f"),
-            "yes" if equal == count else f"no ({equal} of {count})",
+            contest.equal_cell(row, "target"),
         )
-    console.print(table)
+    contest.show(table, console)
 
 
 def ratios(summaries: Sequence[dict[str, Any]]) -> list[str]:

@@ -19,10 +19,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
-from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, own_text, training_runs
+from experiments import common, own_text, training_runs
 from specjax import checkpoints, config, conversion, tokenizer
 from specjax.checkpoints import export, hub, writer
 from specjax.depth import adapter as adapters
@@ -125,13 +124,11 @@ class _Run:
 
         self._values, self._base, self._work, self._output = values, base, work, output
         self._depth = depth
-        files = [Path(name) for name in values.text_file]
-        limits = {"max_length": values.max_length, "loss_on": values.loss_on}
-        examples = [e for file in files for e in text.read(file, base.tokenizer, **limits)]
+        answers = None
         if values.prompts_file:
             model = specjax.load(values.model)
             answers = own_text.answers(values, model, Path(values.prompts_file), work)
-            examples += text.read_answers(answers, **limits)
+        examples = training_runs.read_text(values, base.tokenizer, answers)
         self._examples, self._held_out = text.split(
             examples, values.held_out, values.seed, values.max_documents
         )
@@ -160,40 +157,23 @@ class _Run:
         adapter = adapters.init(key, target.config, self._depth, values.lora_rank)
         weights = training.Weights(rate=values.rate_weight, dropout=values.dropout)
         trainer = training.Trainer(adapter, weights, _settings(values), self._work / "checkpoints")
-        self.curve = training_runs.read_curve(self._work, trainer.step)
-        bar = tqdm(total=values.total_steps, initial=trainer.step, unit="step", desc="training")
-        last = {}
+        plan, held_out_plan = self._plans
+        self.curve = training_runs.train(
+            trainer,
+            self._work,
+            run=lambda *callbacks: trainer.run(
+                target, None, self._examples, None, plan, *callbacks
+            ),
+            evaluate=lambda: trainer.evaluate(target, None, self._held_out, None, held_out_plan),
+            summary=training.summary,
+            shown=lambda measured: {"executed": measured["executed"]},
+            export=lambda curve: self._export(trainer.head(), curve),
+        )
 
-        def report(step, epoch, measured):
-            last.update(measured, epoch=epoch)
-            bar.update()
-            if step % 10 == 0:
-                shown = training.summary(measured)["executed"]
-                bar.set_postfix(loss=f"{float(measured['loss']):.3f}", executed=f"{shown:.3f}")
-
-        def saved():
-            sums = trainer.evaluate(target, None, self._held_out, None, self._plans[1])
-            row = {"step": trainer.step, "epoch": last["epoch"], "loss": float(last["loss"])}
-            row |= {"train": training.summary(last), "held_out": training.summary(sums)}
-            self.curve.append(row)
-            training_runs.write_curve(self._work, self.curve)
-            tqdm.write(json.dumps(row))
-            self._export(trainer.head())
-
-        with bar:
-            trainer.run(target, None, self._examples, None, self._plans[0], report, saved)
-
-    def _export(self, adapter: adapters.Adapter) -> None:
-        facts = {
-            "recipe": training_runs.recipe_facts(self._values, _RECIPE),
-            "documents": len(self._examples),
-            "tokens": sum(len(example.tokens) for example in self._examples),
-            "dense": self.dense,
-            "curve": self.curve,
-            "environment": environment.record(),
-        }
+    def _export(self, adapter: adapters.Adapter, curve) -> None:
+        facts = training_runs.facts(self._values, _RECIPE, self._examples, curve)
         module = adapters.routed(self._base.module, adapter)
-        write(module, self._output, self._base, facts)
+        write(module, self._output, self._base, facts | {"dense": self.dense})
 
 
 def write(module: Llama, output: Path, base: _Base, facts: dict) -> None:
@@ -213,18 +193,8 @@ def write(module: Llama, output: Path, base: _Base, facts: dict) -> None:
 
 
 def _settings(values: flags.FlagValues):
-    from specjax.training import loop
-
-    return loop.Settings(
-        total_steps=values.total_steps,
-        learning_rate=values.learning_rate,
-        warmup_steps=values.warmup_steps,
-        weight_decay=values.weight_decay,
-        clip_norm=values.clip_norm,
-        feature_noise=0.0,
-        seed=values.seed,
-        save_every=values.save_every,
-        final_rate=0.0,
+    return training_runs.settings(
+        values, learning_rate=values.learning_rate, feature_noise=0.0, final_rate=0.0
     )
 
 

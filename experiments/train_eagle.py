@@ -23,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, own_text, training_runs
+from experiments import common, own_text, training_runs
 from specjax import draft_vocabulary
 from specjax.errors import ConfigError
 
@@ -114,14 +114,13 @@ class _Run:
         self._values, self._model, self._work, self._output = values, model, work, output
         target = model.module
         files = [Path(name) for name in values.text_file]
-        limits = {"max_length": values.max_length, "loss_on": values.loss_on}
-        examples = [e for file in files for e in text.read(file, model.tokenizer, **limits)]
-        prompts = values.prompts_file and Path(values.prompts_file)
+        prompts, answers = values.prompts_file and Path(values.prompts_file), None
         if values.self_prompts is not None:
             prompts = own_text.prompts(values, model, work)
         if prompts:
-            files.append(own_text.answers(values, model, prompts, work))
-            examples += text.read_answers(files[-1], **limits)
+            answers = own_text.answers(values, model, prompts, work)
+            files.append(answers)
+        examples = training_runs.read_text(values, model.tokenizer, answers)
         self._examples, self._held_out = text.split(
             examples, values.held_out, values.seed, values.max_documents
         )
@@ -158,46 +157,28 @@ class _Run:
 
         values, target = self._values, self._model.module
         vocab = losses.vocabulary(target, self._ids)
-        weights = _weights(values)
         trainer = loop.Trainer(
-            self._head, self._loss, weights, _settings(values), self._work / "checkpoints"
+            self._head, self._loss, _weights(values), _settings(values), self._work / "checkpoints"
         )
-        self.curve = training_runs.read_curve(self._work, trainer.step)
-        plans = [
-            batches.plan([len(e.tokens) for e in rows], values.tokens_per_batch)
-            for rows in (self._examples, self._held_out)
-        ]
-        bar = tqdm(total=values.total_steps, initial=trainer.step, unit="step", desc="training")
-        last = {}
+        training, held_out = (
+            (rows, store, batches.plan([len(e.tokens) for e in rows], values.tokens_per_batch))
+            for rows, store in zip((self._examples, self._held_out), self._stores, strict=True)
+        )
+        self.curve = training_runs.train(
+            trainer,
+            self._work,
+            run=lambda *callbacks: trainer.run(target, vocab, *training, *callbacks),
+            evaluate=lambda: trainer.evaluate(target, vocab, *held_out),
+            summary=loop.summary,
+            shown=lambda measured: {"top1": measured["agreement"][0]},
+            export=lambda curve: self._export(trainer.head(), curve),
+        )
 
-        def report(step, epoch, measured):
-            last.update(measured, epoch=epoch)
-            bar.update()
-            if step % 10 == 0:
-                shown = loop.summary(measured)["agreement"][0]
-                bar.set_postfix(loss=f"{float(measured['loss']):.3f}", top1=f"{shown:.3f}")
-
-        def saved():
-            held_out = trainer.evaluate(target, vocab, self._held_out, self._stores[1], plans[1])
-            row = {"step": trainer.step, "epoch": last["epoch"], "loss": float(last["loss"])}
-            row |= {"train": loop.summary(last), "held_out": loop.summary(held_out)}
-            self.curve.append(row)
-            training_runs.write_curve(self._work, self.curve)
-            tqdm.write(json.dumps(row))
-            self._export(trainer.head())
-
-        with bar:
-            trainer.run(target, vocab, self._examples, self._stores[0], plans[0], report, saved)
-
-    def _export(self, head) -> None:
+    def _export(self, head, curve) -> None:
         from specjax.training import export
 
-        values = self._values
-        recipe = training_runs.recipe_facts(values, _RECIPE)
-        tokens = sum(len(example.tokens) for example in self._examples)
-        facts = {"recipe": recipe, "documents": len(self._examples), "tokens": tokens}
-        facts |= {"curve": self.curve, "environment": environment.record()}
-        ranking = self._ranking if values.kind == "eagle" else None
+        facts = training_runs.facts(self._values, _RECIPE, self._examples, curve)
+        ranking = self._ranking if self._values.kind == "eagle" else None
         export.write(head, self._output, ranking=ranking, facts=facts, overwrite=True)
 
 
@@ -244,17 +225,10 @@ def _weights(values: flags.FlagValues):
 
 
 def _settings(values: flags.FlagValues):
-    from specjax.training import loop
-
-    return loop.Settings(
-        total_steps=values.total_steps,
+    return training_runs.settings(
+        values,
         learning_rate=_default(values.learning_rate, 1e-3 if values.kind == "medusa" else 3e-4),
-        warmup_steps=values.warmup_steps,
-        weight_decay=values.weight_decay,
-        clip_norm=values.clip_norm,
         feature_noise=_default(values.feature_noise, 0.2 if values.kind == "eagle" else 0.0),
-        seed=values.seed,
-        save_every=values.save_every,
     )
 
 

@@ -1,15 +1,16 @@
-"""What the training binaries share: flags of the text, the folder that belongs to one recipe, the curve."""
+"""What the training binaries share: text and its flags, the folder that belongs to one recipe, progress and curve."""
 
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from tqdm import tqdm
 
-from experiments import records
+from experiments import environment, records
 from specjax.errors import ConfigError
 
 # Flags of `define_text_flags` that decide what is trained on.
@@ -43,6 +44,16 @@ def check_text(values: flags.FlagValues) -> None:
             raise FileNotFoundError(f"{name}: no such file")
 
 
+def read_text(values: flags.FlagValues, tokenizer, answers: Path | None) -> list:
+    """Examples of --text_file and of the target's answers, if there are any."""
+    from specjax.training import text
+
+    limits = {"max_length": values.max_length, "loss_on": values.loss_on}
+    files = [Path(name) for name in values.text_file]
+    examples = [e for file in files for e in text.read(file, tokenizer, **limits)]
+    return examples + (text.read_answers(answers, **limits) if answers else [])
+
+
 def claim(values: flags.FlagValues, recipe: Sequence[str]) -> tuple[Path, Path]:
     """Makes --work_dir (default: beside --output) this run's, or finds that it is; returns (work folder, output).
 
@@ -71,12 +82,26 @@ def claim(values: flags.FlagValues, recipe: Sequence[str]) -> tuple[Path, Path]:
     return work, output
 
 
-def recipe_facts(values: flags.FlagValues, recipe: Sequence[str]) -> dict[str, Any]:
-    """The recipe for records; files by their names."""
-    facts = {name: values[name].value for name in recipe}
-    facts["text_file"] = [Path(name).name for name in values.text_file]
-    facts["prompts_file"] = values.prompts_file and Path(values.prompts_file).name
-    return facts
+def facts(values: flags.FlagValues, recipe: Sequence[str], examples, curve) -> dict[str, Any]:
+    """What training.json tells of a run; files by their names."""
+    told = {name: values[name].value for name in recipe}
+    told["text_file"] = [Path(name).name for name in values.text_file]
+    told["prompts_file"] = values.prompts_file and Path(values.prompts_file).name
+    return {
+        "recipe": told,
+        "documents": len(examples),
+        "tokens": sum(len(example.tokens) for example in examples),
+        "curve": curve,
+        "environment": environment.record(),
+    }
+
+
+def settings(values: flags.FlagValues, **others):
+    """`specjax.training.loop.Settings` from the flags that the binaries have in common, and `others`."""
+    from specjax.training import loop
+
+    common = ("total_steps", "warmup_steps", "weight_decay", "clip_norm", "seed", "save_every")
+    return loop.Settings(**{name: values[name].value for name in common}, **others)
 
 
 def digests(files: Sequence[Path]) -> dict[str, str]:
@@ -84,13 +109,52 @@ def digests(files: Sequence[Path]) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def read_curve(work: Path, step: int) -> list[dict[str, Any]]:
+def train(
+    trainer,
+    work: Path,
+    run: Callable[[Callable, Callable], None],
+    evaluate: Callable[[], Any],
+    summary: Callable[[Any], dict[str, Any]],
+    shown: Callable[[dict[str, Any]], dict[str, float]],
+    export: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Trains with a progress bar; after each checkpoint evaluates, adds to the curve and exports.
+
+    Args:
+        run: `trainer.run` with everything but its two callbacks.
+        evaluate: measurements over held-out examples.
+        summary: of measurements.
+        shown: of a summary, what the bar shows beside the loss.
+        export: given the curve so far.
+    Returns:
+        the curve, its part of an earlier session included.
+    """
+    total = trainer.settings.total_steps
+    curve, last = _read_curve(work, trainer.step), {}
+
+    def report(step, epoch, measured):
+        last.update(measured, epoch=epoch)
+        bar.update()
+        if step % 10 == 0:
+            found = shown(summary(measured)) | {"loss": float(measured["loss"])}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
+
+    def saved():
+        row = {"step": trainer.step, "epoch": last["epoch"], "loss": float(last["loss"])}
+        row |= {"train": summary(last), "held_out": summary(evaluate())}
+        curve.append(row)
+        with records.atomic(work / "curve.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in curve))
+        tqdm.write(json.dumps(row))
+        export(curve)
+
+    with tqdm(total=total, initial=trainer.step, unit="step", desc="training") as bar:
+        run(report, saved)
+    return curve
+
+
+def _read_curve(work: Path, step: int) -> list[dict[str, Any]]:
     """Evaluations of a run so far, up to the step of the checkpoint that it goes on from."""
     path = work / "curve.jsonl"
     rows = path.read_text().splitlines() if path.is_file() else []
     return [row for row in map(json.loads, rows) if row["step"] <= step]
-
-
-def write_curve(work: Path, curve: Sequence[dict[str, Any]]) -> None:
-    """Replaces the file of evaluations."""
-    (work / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))

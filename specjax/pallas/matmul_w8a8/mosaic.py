@@ -1,26 +1,8 @@
 """Matmul of int8 inputs and 8-bit integer weights on NVIDIA GPUs, from packed weights."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+import functools
 
 from specjax.pallas.mosaic import matmul as shared
-from specjax.pallas.mosaic.packed import PackedWeight
-from specjax.pallas.mosaic.plan import Config
 
-
-def matmul(
-    x_codes: Shaped[Array, "M K"],
-    x_scale: Float[Array, "M 1"],
-    weight: PackedWeight,
-    *,
-    arch: tuple[int, int],
-    x_sums: Float[Array, "M G"] | None = None,
-    bias: Float[Array, "N"] | None = None,
-    out_dtype=jnp.float32,
-    config: Config | None = None,
-    interpret=None,
-) -> Float[Array, "M N"]:
-    """(x_codes * x_scale) W^T + bias in `out_dtype`; see `mosaic.matmul.integer_matmul`."""
-    epilogue = dict(x_sums=x_sums, bias=bias, out_dtype=out_dtype)
-    launch = dict(name="matmul_w8a8", arch=arch, config=config, interpret=interpret)
-    return shared.integer_matmul(x_codes, x_scale, weight, **launch, **epilogue)
+# See `mosaic.matmul.integer_matmul` for arguments and result.
+matmul = functools.partial(shared.integer_matmul, name="matmul_w8a8")
