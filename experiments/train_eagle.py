@@ -34,7 +34,7 @@ _RECIPE = (
     *("model", "kind", "self_prompts", "seed", *training_runs.TEXT_RECIPE),
     *("draft_vocab_size", "num_heads", "total_steps", "tokens_per_batch", "learning_rate"),
     *("warmup_steps", "weight_decay", "clip_norm", "feature_noise", "unroll", "decay"),
-    *("regression_weight", "cross_entropy_weight"),
+    *("regression_weight", "cross_entropy_weight", "linear_start"),
 )
 
 
@@ -80,6 +80,12 @@ def define_flags(values: flags.FlagValues) -> None:
     number("decay", None, "Weight of a step (or head) over the one before. Default: 0.8; medusa 1.")
     number("regression_weight", None, "Smooth L1 of features. Default: 1 for eagle, else 0.")
     number("cross_entropy_weight", None, "Soft cross-entropy. Default: 0.1 for eagle, else 1.")
+    flags.DEFINE_boolean(
+        "linear_start",
+        True,
+        "Start an eagle head as the linear map that best predicts the next feature.",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("overwrite", False, "Replace --output of another run.", flag_values=values)
     flags.mark_flags_as_required(["model", "output"], flag_values=values)
 
@@ -153,9 +159,11 @@ class _Run:
 
     def train(self) -> None:
         """Trains, evaluates and exports."""
-        from specjax.training import batches, loop, losses
+        from specjax.training import batches, initial, loop, losses
 
         values, target = self._values, self._model.module
+        if values.kind == "eagle" and values.linear_start:
+            initial.fit_linear(self._head, target, self._examples, self._stores[0])
         vocab = losses.vocabulary(target, self._ids)
         trainer = loop.Trainer(
             self._head, self._loss, _weights(values), _settings(values), self._work / "checkpoints"

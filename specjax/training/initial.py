@@ -1,10 +1,12 @@
 """Untrained draft heads of a target's shape."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError
@@ -13,6 +15,8 @@ from specjax.models.llama import Llama
 
 KINDS = ("eagle", "eagle3", "medusa")
 _STANDARD_DEVIATION = 0.02
+# Of `fit_linear`, relative to the mean square of the inputs.
+_RIDGE = 3e-3
 
 
 def head_config(target: ModelConfig) -> ModelConfig:
@@ -37,6 +41,43 @@ def eagle_head(target: Llama, key: Array) -> eagle.EagleHead:
         make.attention(config, hidden), make.mlp(config), None, make.norm(config)
     )
     return eagle.EagleHead(config, fc, layer)
+
+
+def fit_linear(
+    head: eagle.EagleHead, target: Llama, examples: Sequence, store, max_tokens: int = 200_000
+) -> None:
+    """Makes an EAGLE-1/2 head the linear map that best predicts the target's next feature.
+
+    `fc` becomes the ridge regression of the next feature on [embedding of the next token | feature], which training
+    otherwise spends its first hundreds of steps on; the layer's output projections become zero, so that the head starts
+    as this map.
+
+    Args:
+        examples: `specjax.training.text.Example`s.
+        store: their features, see `specjax.training.features.FeatureStore`.
+        max_tokens: enough of the text.
+    """
+    table = np.asarray(target.model.embed_tokens.weight[...], np.float32)
+    size = 2 * table.shape[1]
+    gram, moment, seen = np.zeros((size, size)), np.zeros((size, size // 2)), 0
+    for index, example in enumerate(examples):
+        features = store.rows(index)[1].astype(np.float32)
+        inputs = np.concatenate([table[example.tokens[1:]], features[:-1]], axis=1)
+        gram += inputs.T @ inputs
+        moment += inputs.T @ features[1:]
+        seen += len(inputs)
+        if seen >= max_tokens:
+            break
+    head.fc.weight[...] = jnp.asarray(_ridge(gram, moment).T, jnp.float32)
+    layer = head.layers[0]
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        projection.weight[...] = jnp.zeros_like(projection.weight[...])
+
+
+def _ridge(gram: Float[np.ndarray, "I I"], moment: Float[np.ndarray, "I O"]) -> np.ndarray:
+    """Solution of the regularized normal equations [I, O]."""
+    penalty = _RIDGE * np.trace(gram) / len(gram)
+    return np.linalg.solve(gram + penalty * np.eye(len(gram)), moment)
 
 
 def eagle3_head(

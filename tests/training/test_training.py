@@ -82,6 +82,28 @@ def test_features_resume_and_equal_the_target(tmp_path):
         np.testing.assert_allclose(close, logits, atol=0.02 * np.abs(logits).max())
 
 
+def test_a_head_starts_as_the_best_linear_map(tmp_path):
+    """Its residuals are orthogonal to the inputs, up to the regularization; nothing else is added at first."""
+    target, examples = tiny.model(), _examples(count=20)
+    store = _store(tmp_path / "features", target, examples)
+    head = initial.eagle_head(target, jax.random.key(0))
+    initial.fit_linear(head, target, examples, store)
+    table = np.asarray(target.model.embed_tokens.weight[...])
+    rows = [(e.tokens, store.rows(i)[1].astype(np.float32)) for i, e in enumerate(examples)]
+    inputs = np.concatenate([np.concatenate([table[t[1:]], f[:-1]], 1) for t, f in rows])
+    wanted = np.concatenate([f[1:] for _, f in rows])
+    weight = np.asarray(head.fc.weight[...]).T
+    penalty = initial._RIDGE * np.mean(inputs**2) * len(inputs)
+    gradient = inputs.T @ (inputs @ weight - wanted) + penalty * weight
+    assert np.abs(gradient).max() < 1e-3 * np.abs(inputs.T @ wanted).max()
+    assert np.mean((inputs @ weight - wanted) ** 2) < 0.9 * np.var(wanted)
+
+    batch = jax.tree.map(jnp.asarray, batches.load(examples, store, 128, [0]))
+    [found] = losses.drafted(head, target, batch, 1)
+    mapped = head.fc(jnp.concatenate([table[rows[0][0][1:]], rows[0][1][:-1]], axis=1))
+    np.testing.assert_allclose(found[0, : len(mapped)], mapped, atol=1e-5)
+
+
 def _trainer(folder, target, total=8):
     head = initial.eagle_head(target, jax.random.key(0))
     weights = losses.Weights(steps=2, regression=1.0, cross_entropy=0.5, decay=0.8)
