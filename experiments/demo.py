@@ -19,6 +19,14 @@ import specjax
 from experiments import common, records
 
 _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
+# A tree for processors, which are compute-bound from a few nodes on.
+_EAGLE = {
+    "kind": "eagle",
+    "draft_depth": 3,
+    "topk": 4,
+    "num_nodes": 8,
+    "vocabulary_size": 8192,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +58,10 @@ def main(values: flags.FlagValues) -> None:
         values.dtype = "float32"
     model = common.load_model(values)
     encoded = records.encode(model, prompts, values.prompts_file)
-    drafters = ["none", "ngram"] + (["eagle"] if model.default_head is not None else [])
-    built = {name: model.drafter(name) for name in drafters}
+    drafters = {"none": "none", "ngram": "ngram"}
+    if model.default_head is not None:
+        drafters["eagle"] = _EAGLE
+    built = {name: model.drafter(spec) for name, spec in drafters.items()}
     answers = []
     for prompt, ids in zip(prompts, encoded, strict=True):
         text = prompt["row"].get("prompt", "")

@@ -1,12 +1,10 @@
 """Every way of drafting that a model has."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-import specjax
 from specjax import checkpoints
 from specjax.checkpoints import hub, source
 from specjax.errors import CheckpointError
@@ -32,7 +30,7 @@ def available(
         FileNotFoundError, CheckpointError: a checkpoint cannot be read.
     """
     specs: list[dict[str, Any]] = [{"kind": "none"}, {"kind": "ngram"}]
-    if model in hub.NAMED_MODELS and Path(specjax.__path__[0], "heads", model).is_dir():
+    if hub.shipped_head(model) is not None:
         specs.append({"kind": "eagle"})
     keeps_codes = dequantize == "never" or (dequantize == "auto" and jax.default_backend() != "cpu")
     linear = first_linear(model)

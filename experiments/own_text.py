@@ -49,6 +49,7 @@ def answers(
     to_row = lambda answer: {
         "tokens": [*answer.input_ids, *answer.output_ids],
         "response": len(answer.input_ids),
+        "text": answer.text,  # what `experiments.overlap` reads
     }
     _generated(values, model, rows, path, "answers", to_row, options)
     return path

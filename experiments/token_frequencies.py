@@ -37,7 +37,11 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("text_file", None, "Text to count.", flag_values=values)
     flags.DEFINE_integer(
-        "size", None, "List so many tokens; default: all.", lower_bound=1, flag_values=values
+        "size",
+        None,
+        "List so many tokens; default: all that occur.",
+        lower_bound=1,
+        flag_values=values,
     )
     flags.DEFINE_string("output", None, "JSON file to write.", flag_values=values)
     for name in ("model", "output"):
@@ -50,15 +54,11 @@ def main(values: flags.FlagValues) -> None:
     model = _tokenizer_only(values.model)
     if values.text_file is None:
         ranking = draft_vocabulary.from_merges(model)
+        ranking = dataclasses.replace(ranking, token_ids=ranking.token_ids[: values.size])
     else:
         path = Path(values.text_file)
         documents = calibration.read_documents(path, model.tokenizer)
-        ranking = draft_vocabulary.from_documents(documents, model, path.name)
-    ranking = dataclasses.replace(
-        ranking,
-        token_ids=ranking.token_ids[: values.size],
-        coverage=ranking.coverage[: values.size],
-    )
+        ranking = draft_vocabulary.from_documents(documents, model, path.name, values.size)
     draft_vocabulary.write(ranking, output)
     print_table(ranking)
     print(f"{len(ranking.token_ids)} tokens from {ranking.source} -> {output}")

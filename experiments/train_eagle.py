@@ -10,7 +10,6 @@ the same flags, the run goes on. After each checkpoint the held-out examples are
 --output in the upstream layout, with the recipe and the curve in its training.json.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -58,7 +57,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("seed", 0, "Of initial values, order and noise.")
     integer(
         *("draft_vocab_size", None),
-        "Most frequent tokens of the text that the loss is taken over, and EAGLE-3 drafts from. Default: all; for "
+        "Tokens that the loss is taken over, and EAGLE-3 drafts from: the text's most frequent. Default: all; for "
         "eagle3 at most 32000.",
         lower_bound=2,
     )
@@ -197,10 +196,7 @@ def _ranking(values: flags.FlagValues, examples, model, files: list[Path]):
         return None
     documents = [example.tokens[example.response :] for example in examples]
     names = ", ".join(file.name for file in files)
-    ranking = draft_vocabulary.from_documents(documents, model, names)
-    return dataclasses.replace(
-        ranking, token_ids=ranking.token_ids[:size], coverage=ranking.coverage[:size]
-    )
+    return draft_vocabulary.from_documents(documents, model, names, size)
 
 
 def _new_head(values: flags.FlagValues, target, ids: np.ndarray):

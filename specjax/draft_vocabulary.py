@@ -56,17 +56,25 @@ class TokenRanking:
         return np.sort(np.asarray([*always, *kept], np.int32))
 
 
-def from_documents(documents: Sequence[Sequence[int]], model: Any, source: str) -> TokenRanking:
-    """Ranks by counting; ids that occur equally often stand in order. `model` is a `specjax.LanguageModel`."""
-    size = model.config.vocab_size
+def from_documents(
+    documents: Sequence[Sequence[int]], model: Any, source: str, size: int | None = None
+) -> TokenRanking:
+    """Ranks by counting; ids that occur equally often stand in order.
+
+    Args:
+        model: a `specjax.LanguageModel`.
+        size: list so many ids, or all; None: those that occur. Where fewer occur, others follow in the order of the
+            tokenizer's merges, if it has some, which knows more than a short text of the rarer half of a vocabulary.
+    """
     tokens = np.concatenate([np.asarray(document, np.int64) for document in documents])
-    counts = np.bincount(tokens, minlength=size)
-    order = np.argsort(-counts, kind="stable")
-    order = order[: np.count_nonzero(counts)]
+    counts = np.bincount(tokens, minlength=model.config.vocab_size)
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+    if size is not None:
+        order = list(dict.fromkeys([*order, *_merge_order(model)]))[:size]
     coverage = np.cumsum(counts[order]) / max(counts.sum(), 1)
     return TokenRanking(
-        token_ids=order.tolist(),
-        vocab_size=size,
+        token_ids=order,
+        vocab_size=model.config.vocab_size,
         num_tokens=len(tokens),
         coverage=np.round(coverage, 6).tolist(),
         source=source,
@@ -80,23 +88,30 @@ def from_merges(model: Any) -> TokenRanking:
     Raises:
         ConfigError: the model's tokenizer has no merges.
     """
-    tokenizer = _tokenizer_of(model)
-    vocab, merges = tokenizer.merges()
-    if not merges:
+    order = _merge_order(model)
+    if not order:
         raise ConfigError(
             f"vocabulary_size: the tokenizer of {model.name!r} has no merges to rank tokens by; count a text "
             "instead: python -m experiments.token_frequencies"
         )
-    merged = [vocab[token] for token in merges if token in vocab]
-    alphabet = sorted(set(vocab.values()) - set(merged))
     return TokenRanking(
-        token_ids=list(dict.fromkeys([*alphabet, *merged])),
+        token_ids=order,
         vocab_size=model.config.vocab_size,
         num_tokens=0,
         coverage=[],
         source=f"the merges of {model.name}",
-        tokenizer=tokenizer.digest(),
+        tokenizer=_tokenizer_of(model).digest(),
     )
+
+
+def _merge_order(model: Any) -> list[int]:
+    """Ids in the order in which the tokenizer's merges make them; none without merges."""
+    vocab, merges = _tokenizer_of(model).merges()
+    if not merges:
+        return []
+    merged = [vocab[token] for token in merges if token in vocab]
+    alphabet = sorted(set(vocab.values()) - set(merged))
+    return list(dict.fromkeys([*alphabet, *merged]))
 
 
 def write(ranking: TokenRanking, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from specjax import engine as engines
@@ -121,7 +122,7 @@ class LanguageModel:
     config: ModelConfig
     module: Llama
     tokenizer: Any = None
-    default_head: str | None = None
+    default_head: Path | None = None
     programs: Programs = field(default_factory=Programs)
 
     @property

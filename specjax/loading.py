@@ -98,11 +98,5 @@ def load(
         config=module.config,
         module=module,
         tokenizer=tokenizer.load(path, checkpoint, chat_template),
-        default_head=_shipped_head(str(path_or_name)),
+        default_head=hub.shipped_head(str(path_or_name)),
     )
-
-
-def _shipped_head(name: str) -> str | None:
-    """Folder of the draft head that comes with this package for a named model, if one does."""
-    folder = Path(__file__).parent / "heads" / name
-    return str(folder) if name in hub.NAMED_MODELS and folder.is_dir() else None

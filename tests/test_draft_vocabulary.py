@@ -34,6 +34,15 @@ def test_ranking_counts():
     assert ranking.coverage == [0.4, 0.7, 0.9, 1.0]
 
 
+def test_tokens_that_do_not_occur_follow_by_merges():
+    ranking = draft_vocabulary.from_documents(DOCUMENTS, model(), "here", 9)
+    merged = draft_vocabulary.from_merges(model()).token_ids
+    others = [token for token in merged if token not in (5, 9, 7, 2)]
+    assert ranking.token_ids == [5, 9, 7, 2, *others[:5]]
+    assert ranking.coverage[3:] == [1.0] * 6
+    assert draft_vocabulary.from_documents(DOCUMENTS, model(), "here", 2).token_ids == [5, 9]
+
+
 def test_first_is_ascending_and_keeps_what_must_be_there():
     ranking = draft_vocabulary.from_documents(DOCUMENTS, model(), "here")
     assert ranking.first(2).tolist() == [5, 9]

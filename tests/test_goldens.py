@@ -36,6 +36,9 @@ def test_tiny_greedy_continuations():
         assert result.input_ids == row["input_ids"]
 
 
+HEAD = {"kind": "eagle", "draft_depth": 3, "topk": 4, "num_nodes": 8}
+
+
 @functools.cache
 def smollm2() -> specjax.LanguageModel:
     """The model that ships, if it has been fetched: tests do not fetch 98 MB by themselves."""
@@ -80,11 +83,19 @@ def shortest(count: int) -> list[dict]:
     return sorted(rows(), key=lambda row: len(row["input_ids"]))[:count]
 
 
-@pytest.mark.parametrize("drafter", [pytest.param("none", marks=pytest.mark.slow), "ngram"])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
 def test_smollm2_two_rows(drafter):
     smollm2()
     with tiny.hurried_compiler():
         check(shortest(2), drafter, new_tokens=20)
+
+
+def test_the_head_that_ships():
+    smollm2()
+    with tiny.hurried_compiler():
+        histogram = check(shortest(3), HEAD, new_tokens=32)
+    assert 1 + np.arange(len(histogram)) @ histogram / histogram.sum() > 1.5
 
 
 def test_smollm2_renders_and_decodes_as_transformers_does():
@@ -97,7 +108,7 @@ def test_smollm2_renders_and_decodes_as_transformers_does():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "self"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "self", pytest.param(HEAD, id="eagle")])
 def test_smollm2_all_rows(drafter, batch_size):
     smollm2()
     check(rows(), drafter, batch_size=batch_size)

@@ -78,6 +78,12 @@ _SMALL_FILES = (
 )
 
 
+def shipped_head(name: str) -> Path | None:
+    """Folder of the draft head that comes with this package for a named model, if one does."""
+    folder = Path(__file__).parents[1] / "heads" / name
+    return folder if name in NAMED_MODELS and folder.is_dir() else None
+
+
 def default_cache_dir() -> Path:
     """The user's cache folder: $XDG_CACHE_HOME, by that standard's convention, or ~/.cache."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))

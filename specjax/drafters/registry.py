@@ -89,7 +89,7 @@ def _eagle(
             f"drafter 'eagle': no head ships for {target.name!r}; pass its directory "
             "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
         )
-    folder = hub.resolve(str(path))
+    folder = hub.shipped_head(str(path)) or hub.resolve(str(path))
     head = heads.load_eagle(folder, target.module, target.name)
     heads.check_rotation(folder, hub.resolve(target.name))
     if vocabulary is not None or vocabulary_size is not None:
