@@ -1,6 +1,7 @@
 """Settings of every test: shapes and dtypes checked at run time, strict promotion, exact matmuls."""
 
 import gc
+import itertools
 from pathlib import Path
 
 import jax
@@ -33,12 +34,14 @@ def hurried():
 # Every compiled program takes some memory mappings; Linux ends a process that has 65,530 of them.
 _MAPPINGS = Path("/proc/self/maps")
 _MOST_MAPPINGS = 40_000
+_finished = itertools.count(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _few_mappings():
-    """Lets go of compiled programs between modules once there are many."""
+    """Lets go of compiled programs once there are many; looks after every 20 tests."""
     yield
-    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+    looks = next(_finished) % 20 == 0 and _MAPPINGS.exists()
+    if looks and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
