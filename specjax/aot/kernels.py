@@ -5,7 +5,6 @@ import importlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -191,17 +190,18 @@ def measure(compiler: Compiler, case: Case) -> list[dict[str, Any]]:
     stems = sorted(path.with_suffix("") for path in folder.glob("*.ptx"))
     if not stems:
         return [row | {"error": "the program has no Mosaic kernel"}]
-    rows = [row | _figures(compiler, case, stem) for stem in stems]
+    taken = [resources.read(stem, compiler.target.sm) for stem in stems]
+    # One kernel of several has to multiply: attention's second one adds up the parts of the first.
+    matrix = case.matrix and not any(_multiplies(each, compiler.target) for each in taken)
     shutil.rmtree(compiled.dump, ignore_errors=True)
-    return rows
+    return [row | _figures(compiler.target, case, each, matrix) for each in taken]
 
 
-def _figures(compiler: Compiler, case: Case, stem: Path) -> dict[str, Any]:
-    taken = resources.read(stem, compiler.target.sm)
+def _figures(target: Gpu, case: Case, taken: resources.Resources, matrix: bool) -> dict[str, Any]:
     figures = asdict(taken) | {
-        "shared_memory_limit": compiler.target.shared_memory,
+        "shared_memory_limit": target.shared_memory,
         "matrix": taken.matrix_instructions,
-        "problems": problems(taken, compiler.target, case.matrix),
+        "problems": problems(taken, target, matrix),
     }
     if case.weights_per_thread and taken.loop:
         figures["per_weight"] = taken.per_weight(case.weights_per_thread, 1)
@@ -217,7 +217,14 @@ def problems(taken: resources.Resources, target: Gpu, matrix: bool = True) -> li
         found.append(
             f"{taken.shared_memory} bytes of shared memory, the limit is {target.shared_memory}"
         )
-    wanted = ("HGMMA", "IGMMA") if target.arch >= (9, 0) else ("HMMA", "IMMA")
-    if matrix and taken.instructions and not any(name in taken.instructions for name in wanted):
-        found.append(f"no matrix instruction ({' or '.join(wanted)})")
+    if matrix and taken.instructions and not _multiplies(taken, target):
+        found.append(f"no matrix instruction ({' or '.join(_matrix_instructions(target))})")
     return found
+
+
+def _multiplies(taken: resources.Resources, target: Gpu) -> bool:
+    return any(name in taken.instructions for name in _matrix_instructions(target))
+
+
+def _matrix_instructions(target: Gpu) -> tuple[str, ...]:
+    return ("HGMMA", "IGMMA") if target.arch >= (9, 0) else ("HMMA", "IMMA")

@@ -34,6 +34,7 @@ def _prompts(tmp_path):
         [f"--draft_checkpoint={paths.fixture('eagle2-tiny')}"],
     ],
 )
+@pytest.mark.usefixtures("hurried")
 def test_the_choice_runs(drafter, tmp_path):
     content = _tune(tmp_path, *drafter, "--sizes=2,4")
     costs = content["costs"]

@@ -17,6 +17,8 @@ from specjax.errors import ConfigError
 from specjax.training import batches, features, initial, loop, losses, text
 from tests import paths, tiny
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 
 @settings(max_examples=50, deadline=None)
 @given(
