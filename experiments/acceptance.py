@@ -9,7 +9,6 @@ share of steps with d - 1 accepted tokens or more in which a d-th was accepted. 
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def _read(path: Path) -> dict[Any, dict[str, Any]]:
         FileNotFoundError: no such file.
         ConfigError: it has no rows of experiments.generate.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in records.read_objects(path)]
     if not rows or not all(row.keys() >= _NEEDED for row in rows):
         raise ConfigError(
             f"{path}: no file of experiments.generate, whose rows have {', '.join(sorted(_NEEDED))}"
@@ -59,7 +58,7 @@ def _read(path: Path) -> dict[Any, dict[str, Any]]:
 
 
 def table(files: dict[str, dict[Any, dict[str, Any]]]) -> str:
-    """A row per file; outputs are compared with the first file's."""
+    """A row per file: lengths and depths, then the histograms; outputs are compared with the first file's."""
     shared = set.intersection(*(set(rows) for rows in files.values()))
     if not shared:
         raise ConfigError(f"{', '.join(files)}: no prompt occurs in all of them")
@@ -68,21 +67,36 @@ def table(files: dict[str, dict[Any, dict[str, Any]]]) -> str:
     header = ["model", "drafter", "acceptance length", "steps", "tokens", "same tokens"]
     header += [f"at depth {depth}" for depth in range(1, deepest + 1)]
     first = next(iter(files.values()))
-    lines = []
+    lines, histograms = [], []
     for name, rows in files.items():
         config, count = next(iter(rows.values()))["config"], counts[name]
         equal = sum(rows[key]["output_ids"] == first[key]["output_ids"] for key in shared)
         new_tokens = sum(len(rows[key]["output_ids"]) for key in shared)
+        names = [Path(config["model"]).name, common.label(_told(config["drafter"]))]
+        histograms.append([*names, *map(str, count), *["-"] * (deepest + 1 - len(count))])
         lines.append(
             [
-                Path(config["model"]).name,
-                common.label(config["drafter"]),
+                *names,
                 f"{1 + np.arange(len(count)) @ count / max(count.sum(), 1):.2f}",
                 *(str(count.sum()), str(new_tokens), f"{equal} of {len(shared)}"),
                 *at_depth(count, deepest),
             ]
         )
-    return f"{len(shared)} prompts\n\n{tables.markdown(header, lines)}"
+    accepted = [*header[:2], *(f"{number} accepted" for number in range(deepest + 1))]
+    return (
+        f"{len(shared)} prompts\n\n{tables.markdown(header, lines)}\n\n"
+        f"Steps by accepted tokens:\n\n{tables.markdown(accepted, histograms)}"
+    )
+
+
+def _told(spec: dict[str, Any]) -> dict[str, Any]:
+    """A drafter's options that are set; folders by their names."""
+    told = {name: value for name, value in spec.items() if value is not None}
+    if isinstance(told.get("inner"), dict):
+        told["inner"] = _told(told["inner"])
+    if "model" in told:
+        told["model"] = Path(told["model"]).name
+    return told
 
 
 def _histogram(rows) -> np.ndarray:

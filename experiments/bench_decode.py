@@ -21,6 +21,9 @@ imposes a mean acceptance length: speeds of a loop for which no checkpoint is at
     python -m experiments.bench_decode --random_weights=llama3-8b --scheme=w4a16 --synthetic_acceptance=3.9 \\
         --drafters_file=experiments/presets/random_eagle.json --output=results.jsonl
 
+The fastest plain decoding of a device may be that of another dtype than speculation's best: --baseline_dtype=float32
+with --dtype=bfloat16 adds it as `none (float32)`, and speed-ups relate to it. Outputs are compared within a dtype.
+
 --roofline measures, in the same process, the streaming-read bandwidth, the bytes of a step and a bare jitted step, and
 relates plain decoding of the first prompt to them ("record": "roofline").
 """
@@ -48,6 +51,7 @@ from experiments import (
     tables,
     traces,
 )
+from specjax import loading
 from specjax.aot import shapes
 from specjax.drafters import registry
 from specjax.errors import ConfigError
@@ -86,6 +90,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "Impose this mean acceptance length (bonus included) on random weights.",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "baseline_dtype",
+        None,
+        loading.DTYPES,
+        "Relate speed-ups to plain decoding in this dtype. Default: --dtype.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
     flags.DEFINE_boolean(
@@ -102,6 +113,8 @@ def main(values: flags.FlagValues) -> None:
     random_model.check(values)
     specs = _specs(values)
     random = values.random_weights is not None
+    if random and values.baseline_dtype is not None:
+        raise ConfigError("--baseline_dtype needs --model; --random_weights have one dtype")
     if random and common.depth_config(values) is not None:
         raise ConfigError("--random_weights have no routers; drop the flags of depth")
     prompts = [] if random else records.read_prompts(values.prompts_file)
@@ -131,13 +144,20 @@ def main(values: flags.FlagValues) -> None:
         )
         for spec in specs
     ]
+    plain = contestants[0]
+    baseline = _baseline(values, model) or plain
+    others = contestants[1:]
+    contestants = [baseline, *contestants] if baseline is not plain else contestants
     with common.profiled(values):
         contest.measure(contestants, encoded, values.repeats, options)
     summaries = [
-        contest.summarize(contestant, contestants[0], "none") for contestant in contestants
+        contest.summarize(
+            contestant, baseline, "none", reference=baseline if contestant is baseline else plain
+        )
+        for contestant in contestants
     ]
     if values.trace:
-        for contestant in contestants[1:]:
+        for contestant in others:
             print(contestant.name)
             traces.print_trace(model, contestant.drafter, encoded[0], options)
     ids = [prompt["id"] for prompt in prompts]
@@ -154,6 +174,16 @@ def main(values: flags.FlagValues) -> None:
     if output is not None:
         records.append_rows(output, [row | {"config": config} for row in rows])
         print(f"{len(rows)} rows -> {output}")
+
+
+def _baseline(values: flags.FlagValues, model: specjax.LanguageModel) -> contest.Contestant | None:
+    """Plain decoding in --baseline_dtype; None where that is the model's own."""
+    if values.baseline_dtype in (None, model.dtype_name):
+        return None
+    other = common.load_model(values, dtype=values.baseline_dtype)
+    name = f"none ({values.baseline_dtype})"
+    facts = {"drafter": name, "spec": {"kind": "none"}, "dtype": values.baseline_dtype}
+    return contest.Contestant(name=name, facts=facts, model=other, drafter=other.drafter("none"))
 
 
 def _random_model(values: flags.FlagValues) -> random_model.RandomModel:
@@ -207,6 +237,7 @@ def _config(values: flags.FlagValues, model: specjax.LanguageModel) -> dict[str,
     return {
         **common.model_config(values),
         "dtype": model.dtype_name,
+        "baseline_dtype": values.baseline_dtype,
         "backend": values.backend,
         "dequantize": values.dequantize,
         **common.options(values),

@@ -312,11 +312,15 @@ def _is_spec(value: Any) -> bool:
 
 
 def load_model(
-    values: flags.FlagValues, specs: Sequence[dict[str, Any]] = (), quantize: str | None = None
+    values: flags.FlagValues,
+    specs: Sequence[dict[str, Any]] = (),
+    quantize: str | None = None,
+    dtype: str | None = None,
 ) -> specjax.LanguageModel:
     """Loads --model for the drafters `specs`, rounded to the scheme `quantize` if one is given.
 
-    With float32, matrix products run at full precision too (GPUs would round their inputs to TF32).
+    `dtype` goes before --dtype. With float32, matrix products run at full precision too (GPUs would round their inputs
+    to TF32).
     """
     if values.compile_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", values.compile_cache_dir)
@@ -327,7 +331,7 @@ def load_model(
     template = values.chat_template and Path(values.chat_template).read_text(encoding="utf-8")
     model = specjax.load(
         values.model,
-        dtype=values.dtype,
+        dtype=dtype or values.dtype,
         scheme=values.scheme,
         quantize=quantize,
         backend=values.backend,

@@ -120,13 +120,22 @@ def run_rows(contestant: Contestant, ids: Sequence[Any]) -> list[dict[str, Any]]
     return rows
 
 
-def summarize(contestant: Contestant, baseline: Contestant, baseline_name: str) -> dict[str, Any]:
-    """Medians over the counted rounds; the speed-up is the median of the rounds' own ratios to the baseline."""
+def summarize(
+    contestant: Contestant,
+    baseline: Contestant,
+    baseline_name: str,
+    reference: Contestant | None = None,
+) -> dict[str, Any]:
+    """Medians over the counted rounds; the speed-up is the median of the rounds' own ratios to the baseline.
+
+    Args:
+        reference: whose outputs the contestant's should equal; default: the baseline.
+    """
     rounds = contestant.rounds
     rates = [metrics["tokens_per_s"] for metrics in rounds]
     base = [metrics["tokens_per_s"] for metrics in baseline.rounds]
     known = None not in rates and None not in base
-    pairs = zip(contestant.outputs, baseline.outputs, strict=True)
+    pairs = zip(contestant.outputs, (reference or baseline).outputs, strict=True)
     return rounds[0] | {
         "record": "summary",
         **contestant.facts,

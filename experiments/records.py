@@ -26,11 +26,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
     """
     rows, seen = [], {}
-    for number, line in enumerate(_lines(Path(path)), start=1):
-        if not line.strip():
-            continue
+    for number, fields in read_objects(path):
         where = f"{path}:{number}"
-        fields = _object(line, where)
         name = fields.get("id", len(rows))
         if not isinstance(name, str | int):
             raise ConfigError(f"{where}: id={name!r}: expected a string or a whole number")
@@ -41,6 +38,18 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise ConfigError(f"{path}: no rows; each line is an object with one of {_PROMPT_FIELDS}")
     return rows
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a file of JSON lines; blank lines are skipped.
+
+    Raises:
+        ConfigError: a line is no object (named by its number), or the file is not text.
+        OSError: the file cannot be read.
+    """
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if line.strip():
+            yield number, _object(line, f"{path}:{number}")
 
 
 def _lines(path: Path) -> list[str]:

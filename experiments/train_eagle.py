@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import specjax
 from experiments import common, own_text, training_runs
-from specjax import draft_vocabulary
+from specjax import draft_vocabulary, loading
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 # Flags that belong to the recipe: a work folder made with other values is refused.
 _RECIPE = (
-    *("model", "kind", "self_prompts", "seed", *training_runs.TEXT_RECIPE),
+    *("model", "dtype", "kind", "self_prompts", "seed", *training_runs.TEXT_RECIPE),
     *("draft_vocab_size", "num_heads", "total_steps", "tokens_per_batch", "learning_rate"),
     *("warmup_steps", "weight_decay", "clip_norm", "feature_noise", "unroll", "decay"),
     *("regression_weight", "cross_entropy_weight", "linear_start"),
@@ -43,6 +43,14 @@ def define_flags(values: flags.FlagValues) -> None:
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     string("model", None, "The target: checkpoint folder, .gguf file, model name or hub id.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        loading.DTYPES,
+        "Compute dtype of target and head; the head's parameters stay float32. Default: float32 on CPUs, else what the "
+        "checkpoint states.",
+        flag_values=values,
+    )
     string("output", None, "Folder for the head; replaced after each checkpoint.")
     string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
     flags.DEFINE_enum(
@@ -93,7 +101,7 @@ def main(values: flags.FlagValues) -> None:
     """Trains up to --total_steps."""
     _check(values)
     work, output = training_runs.claim(values, _RECIPE)
-    model = specjax.load(values.model)
+    model = specjax.load(values.model, dtype=values.dtype)
     if model.tokenizer is None:
         raise ConfigError(f"{values.model} has no tokenizer files, which the text needs")
     run = _Run(values, model, work, output)
@@ -136,6 +144,7 @@ class _Run:
         self._head, self._loss, needs = _new_head(values, target, self._ids)
         fingerprint = {
             "model": values.model,
+            "dtype": target.dtype.name,
             "needs": str(needs),
             "files": training_runs.digests(files),
         }
@@ -161,11 +170,13 @@ class _Run:
         from specjax.training import batches, initial, loop, losses
 
         values, target = self._values, self._model.module
-        if values.kind == "eagle" and values.linear_start:
+        checkpoints = self._work / "checkpoints"
+        resumes = any(child.name.isdigit() for child in checkpoints.glob("*"))
+        if values.kind == "eagle" and values.linear_start and not resumes:
             initial.fit_linear(self._head, target, self._examples, self._stores[0])
         vocab = losses.vocabulary(target, self._ids)
         trainer = loop.Trainer(
-            self._head, self._loss, _weights(values), _settings(values), self._work / "checkpoints"
+            self._head, self._loss, _weights(values), _settings(values), checkpoints
         )
         training, held_out = (
             (rows, store, batches.plan([len(e.tokens) for e in rows], values.tokens_per_batch))

@@ -42,7 +42,7 @@ def load(
     Args:
         path_or_name: a checkpoint directory, a .gguf file, the name of a model that ships ("smollm2-135m"), or a hub id
             "org/name".
-        dtype: compute dtype; default: float32 on CPUs (which emulate the others), else what the checkpoint states.
+        dtype: compute dtype; default: float32 on CPUs (many emulate the others), else what the checkpoint states.
         scheme: activation scheme to run the checkpoint's codes under, e.g. "w4a8" for W4A16 codes.
         quantize: scheme to round the layers' linears to while loading (to nearest, of the decoded weights if they are
             quantized already; `specjax.convert` has better methods).

@@ -74,9 +74,9 @@ def unrolled(
         the loss, and sums over counted rows per step [steps]: `agreed` (the head's most likely token is the target's),
         `counted`, `cross_entropy`, `regression`.
     """
-    width = batch.tokens.shape[1]
+    width, head = batch.tokens.shape[1], _computing_as(target, head)
     following = jax.tree.map(_following, batch)
-    wanted = jax.nn.log_softmax(following.final @ vocab.output.T)
+    wanted = jax.nn.softmax(_over(vocab, following.final))
     known = vocab.index[following.greedy] >= 0
     loss, measured = jnp.zeros(()), []
     for step, hidden in enumerate(drafted(head, target, batch, weights.steps)):
@@ -87,7 +87,7 @@ def unrolled(
             weights.regression * terms["regression"] / jnp.maximum(terms["counted"], 1)
             + weights.cross_entropy * terms["cross_entropy"] / jnp.maximum(terms["known"], 1)
         )
-        terms["agreed"] = _agreed(logits, vocab, following.greedy, counts)
+        terms["agreed"] = _agreed(logits, vocab, following.greedy, counts & known)
         measured.append(terms)
     return loss, jax.tree.map(lambda *rows: jnp.stack(rows), *measured)
 
@@ -99,8 +99,8 @@ def drafted(head, target: Llama, batch: Batch, steps: int) -> Iterator[Float[Arr
     nothing.
     """
     size, width = batch.tokens.shape
-    cache = kv.init(head.config, size, steps * width, jnp.float32, num_layers=1)
-    tokens, hidden = _following(batch.tokens), head.fuse(batch.inputs)
+    cache = kv.init(head.config, size, steps * width, head.dtype, num_layers=1)
+    tokens, hidden = _following(batch.tokens), head.fuse(batch.inputs.astype(head.dtype))
     for step in range(steps):
         hidden, cache = head(hidden, _block(tokens, step), cache, target)
         yield hidden
@@ -116,12 +116,12 @@ def medusa(
     Head i reads the feature at t and predicts the token at t + 2 + i of the text.
     """
     loss, measured = jnp.zeros(()), []
-    for i, head in enumerate(heads.heads):
+    for i, head in enumerate(_computing_as(target, heads).heads):
         following = jax.tree.map(lambda x, i=i: jnp.roll(x, -(i + 1), axis=1), batch)
         counts = following.counts & (
             jnp.arange(batch.tokens.shape[1]) < batch.counts.shape[1] - i - 1
         )
-        logits = jax.nn.log_softmax(head(batch.final))
+        logits = jax.nn.log_softmax(head(batch.final.astype(target.dtype)))
         wanted = jnp.roll(following.tokens, -1, axis=1)
         picked = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
         counted = jnp.sum(counts, dtype=jnp.float32)
@@ -132,6 +132,16 @@ def medusa(
         terms = {"regression": zero, "cross_entropy": total, "counted": counted, "known": counted}
         measured.append(terms | {"agreed": agreed})
     return loss, jax.tree.map(lambda *rows: jnp.stack(rows), *measured)
+
+
+def _computing_as(target: Llama, head):
+    """The head in the target's dtype; its parameters stay what they are where they are trained."""
+
+    def cast(leaf):
+        floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(target.dtype) if floating else leaf
+
+    return jax.tree.map(cast, head)
 
 
 def _following(x):
@@ -163,7 +173,29 @@ def _block(tokens: Int[Array, "B T"], step: int) -> layers.Block:
 def _logits(head, hidden: Float[Array, "B T D"], target: Llama, vocab: Vocabulary):
     if isinstance(head, Eagle3Head):
         return head.logits(hidden, target)
-    return (hidden @ vocab.output.T).astype(jnp.float32)
+    return _over(vocab, hidden)
+
+
+def _over(vocab: Vocabulary, features: Float[Array, "B T D"]) -> Float[Array, "B T U"]:
+    """Logits of the target's output head, which is not trained; float32."""
+    return _frozen_matmul(features.astype(vocab.output.dtype), vocab.output)
+
+
+@jax.custom_vjp
+def _frozen_matmul(x: Float[Array, "B T D"], weight: Float[Array, "U D"]) -> Float[Array, "B T U"]:
+    """x W^T in float32. Backwards, too, both factors have the compute dtype, where JAX would multiply in float32."""
+    return jnp.einsum("btd,ud->btu", x, weight, preferred_element_type=jnp.float32)
+
+
+def _frozen_forward(x, weight):
+    return _frozen_matmul(x, weight), weight
+
+
+def _frozen_backward(weight, gradient):
+    return gradient.astype(weight.dtype) @ weight, jnp.zeros_like(weight)
+
+
+_frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 
 
 def _terms(
@@ -174,10 +206,10 @@ def _terms(
     counts: Bool[Array, "B T"],
     known: Bool[Array, "B T"],
 ) -> dict[str, Array]:
-    cross = -jnp.sum(jnp.exp(wanted) * jax.nn.log_softmax(logits), axis=-1)
+    cross = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(wanted * logits, axis=-1)
     distance = jnp.zeros_like(cross)
     if hidden.shape == following.final.shape:
-        gap = jnp.abs(hidden - following.final)
+        gap = jnp.abs(hidden.astype(jnp.float32) - following.final)
         distance = jnp.mean(jnp.where(gap < 1, 0.5 * gap * gap, gap - 0.5), axis=-1)
     return {
         "regression": jnp.sum(jnp.where(counts, distance, 0)),
@@ -188,4 +220,6 @@ def _terms(
 
 
 def _agreed(logits, vocab: Vocabulary, greedy: Int[Array, "B T"], counts) -> Int[Array, ""]:
-    return jnp.sum((vocab.ids[jnp.argmax(logits, -1)] == greedy) & counts)
+    # Not by argmax, which takes CPUs ten times as long as the largest logit.
+    chosen = jnp.take_along_axis(logits, vocab.index[greedy][..., None], axis=-1)[..., 0]
+    return jnp.sum((chosen >= jnp.max(logits, axis=-1)) & counts)

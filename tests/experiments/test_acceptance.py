@@ -33,6 +33,8 @@ def test_lengths_and_depths(run, files, tmp_path):
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in printed.splitlines()[4:]]
     assert cells[0][1:] == ["none", "1.00", "3", "5", "2 of 2", "-", "-"]
     # Steps by accepted tokens: 4 of none, 1 of one, 3 of two. 1 + (1 + 2 * 3) / 8; 4 of 8 steps; 3 of these 4.
+    assert cells[-1][1:] == ["ngram", "4", "1", "3"]
+    assert cells[-2][1:] == ["none", "3", "-", "-"]
     assert cells[1][1:] == ["ngram", "1.88", "8", "5", "1 of 2", "0.500", "0.750"]
 
 
@@ -44,5 +46,9 @@ def test_bad_input(run, files, tmp_path):
     code, _, errors = run(acceptance, f"--inputs={files[0]},{other}")
     assert code == 2
     assert "experiments.generate" in errors
+    other.write_text(json.dumps(row(0, [1], [1])) + "\n" + '{"id": 1, "out')
+    code, _, errors = run(acceptance, f"--inputs={files[0]},{other}")
+    assert code == 2
+    assert "other.jsonl:2: not valid JSON" in errors
     other.write_text(json.dumps(row(9, [1], [1])) + "\n")
     assert run(acceptance, f"--inputs={files[0]},{other}")[0] == 2

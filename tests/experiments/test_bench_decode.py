@@ -73,6 +73,35 @@ def test_specs_from_a_file_and_the_roofline(run, tiny, prompts, tmp_path):
     assert row["engine_over_bare"] > 0 and row["bound_tokens_per_s"] > 0
 
 
+def test_speedups_over_plain_decoding_in_another_dtype(run, tiny, prompts, tmp_path):
+    output = tmp_path / "bench.jsonl"
+    arguments = (
+        f"--model={tiny}",
+        "--drafters=ngram",
+        f"--prompts_file={prompts}",
+        "--repeats=1",
+        "--max_new_tokens=8",
+        "--dtype=bfloat16",
+        "--baseline_dtype=float32",
+        f"--output={output}",
+    )
+    code, printed, errors = run(bench_decode, *arguments)
+    assert code == 0, errors
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    summaries = {row["drafter"]: row for row in rows if row["record"] == "summary"}
+    assert list(summaries) == ["none (float32)", "none", "ngram"]
+    assert summaries["none (float32)"]["speedup"] == 1
+    base, plain = (summaries[name]["tokens_per_s"] for name in ("none (float32)", "none"))
+    assert summaries["none"]["speedup"] == pytest.approx(plain / base)
+    for row in summaries.values():
+        assert row["outputs_equal_to_none"] == 4
+    assert "none (float32)" in printed
+    code, _, errors = run(
+        bench_decode, "--random_weights=smollm2-135m", "--drafters=none", "--baseline_dtype=float32"
+    )
+    assert code == 2 and "--baseline_dtype needs --model" in errors
+
+
 def test_a_step_reads_all_weights_but_one_embedding_row(tiny):
     values = common.parse(bench_decode.define_flags, [f"--model={tiny}", "--prompts_file=p"])
     model = common.load_model(values)

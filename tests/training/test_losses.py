@@ -70,6 +70,7 @@ def test_a_perfect_head_has_no_loss():
 
     class Oracle:
         config = tiny.config(num_layers=1)
+        dtype = jnp.float32
 
         def fuse(self, features):
             return features
@@ -101,6 +102,17 @@ def test_tokens_outside_the_draft_vocabulary_do_not_count():
     assert int(measured["known"][0]) == inside.sum()
     assert int(measured["known"][1]) == inside[:, 1:].sum()
     assert int(measured["agreed"][0]) <= inside.sum()
+
+
+def test_gradients_through_the_output_head():
+    """They are written by hand, so that bfloat16 models multiply in bfloat16 both ways."""
+    target = tiny.model()
+    vocab = losses.vocabulary(target, np.asarray([1, 4, 6]))
+    features, factors = jax.random.normal(jax.random.key(1), (2, 2, 3, vocab.output.shape[1]))
+    weights = factors[..., :3]
+    found = jax.grad(lambda x: jnp.sum(weights * jnp.sin(losses._over(vocab, x))))(features)
+    wanted = jax.grad(lambda x: jnp.sum(weights * jnp.sin(x @ vocab.output.T)))(features)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_medusa_heads_see_further_tokens():

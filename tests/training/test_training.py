@@ -170,7 +170,7 @@ def _train(*arguments):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("eagle", ["--draft_vocab_size=200"]),
+        ("eagle", ["--draft_vocab_size=200", "--dtype=bfloat16"]),
         pytest.param(*("eagle3", ["--draft_vocab_size=128", "--unroll=2"]), marks=pytest.mark.slow),
         ("medusa", ["--num_heads=2"]),
     ],
