@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, records, tables
+from experiments import common, evaluate, records, tables
 from specjax.errors import ConfigError
 
 _NEEDED = {"id", "output_ids", "acceptance_histogram", "config"}
@@ -72,7 +72,7 @@ def table(files: dict[str, dict[Any, dict[str, Any]]]) -> str:
         config, count = next(iter(rows.values()))["config"], counts[name]
         equal = sum(rows[key]["output_ids"] == first[key]["output_ids"] for key in shared)
         new_tokens = sum(len(rows[key]["output_ids"]) for key in shared)
-        names = [Path(config["model"]).name, common.label(_told(config["drafter"]))]
+        names = [Path(config["model"]).name, evaluate.short_label(config["drafter"])]
         histograms.append([*names, *map(str, count), *["-"] * (deepest + 1 - len(count))])
         lines.append(
             [
@@ -87,16 +87,6 @@ def table(files: dict[str, dict[Any, dict[str, Any]]]) -> str:
         f"{len(shared)} prompts\n\n{tables.markdown(header, lines)}\n\n"
         f"Steps by accepted tokens:\n\n{tables.markdown(accepted, histograms)}"
     )
-
-
-def _told(spec: dict[str, Any]) -> dict[str, Any]:
-    """A drafter's options that are set; folders by their names."""
-    told = {name: value for name, value in spec.items() if value is not None}
-    if isinstance(told.get("inner"), dict):
-        told["inner"] = _told(told["inner"])
-    if "model" in told:
-        told["model"] = Path(told["model"]).name
-    return told
 
 
 def _histogram(rows) -> np.ndarray:

@@ -144,10 +144,10 @@ def main(values: flags.FlagValues) -> None:
         )
         for spec in specs
     ]
-    plain = contestants[0]
+    plain, *drafting = contestants
     baseline = _baseline(values, model) or plain
-    others = contestants[1:]
-    contestants = [baseline, *contestants] if baseline is not plain else contestants
+    if baseline is not plain:
+        contestants.insert(0, baseline)
     with common.profiled(values):
         contest.measure(contestants, encoded, values.repeats, options)
     summaries = [
@@ -157,7 +157,7 @@ def main(values: flags.FlagValues) -> None:
         for contestant in contestants
     ]
     if values.trace:
-        for contestant in others:
+        for contestant in drafting:
             print(contestant.name)
             traces.print_trace(model, contestant.drafter, encoded[0], options)
     ids = [prompt["id"] for prompt in prompts]

@@ -197,11 +197,11 @@ def _run_name(values: flags.FlagValues, weights: str, spec: dict[str, Any]) -> s
 
 
 def short_label(spec: dict[str, Any]) -> str:
-    """A drafter's label in which paths are shortened to their last part."""
+    """A drafter's label in which paths are shortened to their last part and options that are None left out."""
     short = {
         name: Path(value).name if name == "model" else value
         for name, value in spec.items()
-        if name != "inner"
+        if name != "inner" and value is not None
     }
     inner = "" if "inner" not in spec else f"-{short_label(spec['inner'])}"
     return common.label(short) + inner
