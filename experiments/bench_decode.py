@@ -51,8 +51,8 @@ from experiments import (
     tables,
     traces,
 )
-from specjax import loading
 from specjax.aot import shapes
+from specjax.config import DTYPES
 from specjax.drafters import registry
 from specjax.errors import ConfigError
 
@@ -93,7 +93,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "baseline_dtype",
         None,
-        loading.DTYPES,
+        DTYPES,
         "Relate speed-ups to plain decoding in this dtype. Default: --dtype.",
         flag_values=values,
     )

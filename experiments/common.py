@@ -20,7 +20,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 import specjax
-from specjax import loading, tuning, verify
+from specjax import tuning, verify
+from specjax.config import DTYPES
 from specjax.depth import build as routing
 from specjax.depth import selection
 from specjax.drafters import registry
@@ -38,6 +39,7 @@ _DRAFTER_FLAGS = {
     "draft_depth": "draft_depth",
     "draft_topk": "topk",
     "num_nodes": "num_nodes",
+    "draft_vocabulary_size": "vocabulary_size",
     "ngram_max": "ngram_max",
     "ngram_min": "ngram_min",
     "draft_scheme": "scheme",
@@ -67,7 +69,7 @@ def define_model_flags(
     flags.DEFINE_enum(
         "dtype",
         None,
-        loading.DTYPES,
+        DTYPES,
         "Compute dtype. Default: float32 on CPUs, else what the checkpoint states.",
         flag_values=values,
     )
@@ -159,6 +161,7 @@ def define_drafter_flags(values: flags.FlagValues, default: str = "none") -> Non
         "draft_depth": "Levels of the draft tree (upstream EAGLE's depth + 1), or length of the chain.",
         "draft_topk": "Children per node of the draft tree (option 'topk').",
         "num_nodes": "Nodes of the draft tree, the root included.",
+        "draft_vocabulary_size": "An EAGLE-1/2 head scores only so many frequent tokens (option 'vocabulary_size').",
         "ngram_max": "Longest n-gram that is looked up.",
         "ngram_min": "Shortest n-gram that is looked up.",
     }

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import specjax
 from experiments import common, own_text, training_runs
-from specjax import draft_vocabulary, loading
+from specjax import draft_vocabulary
+from specjax.config import DTYPES
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "dtype",
         None,
-        loading.DTYPES,
+        DTYPES,
         "Compute dtype of target and head; the head's parameters stay float32. Default: float32 on CPUs, else what the "
         "checkpoint states.",
         flag_values=values,
@@ -167,14 +168,14 @@ class _Run:
 
     def train(self) -> None:
         """Trains, evaluates and exports."""
-        from specjax.training import batches, initial, loop, losses
+        from specjax.training import batches, initial, loop, vocabulary
 
         values, target = self._values, self._model.module
         checkpoints = self._work / "checkpoints"
         resumes = any(child.name.isdigit() for child in checkpoints.glob("*"))
         if values.kind == "eagle" and values.linear_start and not resumes:
             initial.fit_linear(self._head, target, self._examples, self._stores[0])
-        vocab = losses.vocabulary(target, self._ids)
+        vocab = vocabulary.of_target(target, self._ids)
         trainer = loop.Trainer(
             self._head, self._loss, _weights(values), _settings(values), checkpoints
         )

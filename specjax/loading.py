@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from specjax import checkpoints, generate
 from specjax.checkpoints import hub
+from specjax.config import DTYPES
 from specjax.depth import build as routing
 from specjax.depth.build import Depth
 from specjax.errors import ConfigError
@@ -17,8 +18,6 @@ from specjax.prepare import Dequantize, Preparation
 from specjax.quant import quantize as quantizing
 from specjax.quant import recipe as recipes
 from specjax.quant import rotate, view
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(

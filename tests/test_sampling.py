@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from specjax import sampling as sample
 from specjax.errors import ConfigError
@@ -76,6 +77,15 @@ def test_greedy_takes_the_first_of_the_likeliest_whatever_the_key():
     logits = jnp.asarray([[0.0, 2.0, 2.0], [5.0, 1.0, 1.0]])
     tokens = sample.choose(sample.request_keys(0, [0, 1]), logits, sample.sampling(0.0))
     assert tokens.tolist() == [1, 0]
+
+
+@SETTINGS
+@hypothesis.given(
+    hnp.arrays(np.float32, (2, 3, VOCAB), elements=st.sampled_from([-np.inf, -1.0, 0.0, 0.5]))
+)
+def test_most_likely_is_numpys_argmax_ties_included(logits):
+    found = jax.jit(sample.most_likely)(logits)
+    np.testing.assert_array_equal(found, logits.argmax(-1))
 
 
 def test_request_keys_do_not_depend_on_slot_or_order():

@@ -58,7 +58,7 @@ def observed_step(
 
 def accepted(tree: trees.Tree, logits: Float[Array, "B N V"]) -> Bool[Array, "B N"]:
     """Which nodes greedy verification finds on a path of the target's own choices; the root always is."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = sample.most_likely(logits)
     expected = jnp.take_along_axis(best, jnp.maximum(tree.parents, 0), axis=1)
     matches = ((tree.tokens == expected) & (tree.parents >= 0)).at[:, 0].set(True)
     return jnp.all(matches[:, None] | ~trees.ancestor_mask(tree), axis=-1) & trees.used(tree)

@@ -50,7 +50,7 @@ def _next(model: Llama, hidden, keys, sampling: Sampling):
     logits = model.logits(hidden)
     if sampling.greedy:
         probs = sample.probabilities(logits, sampling) if sampling.with_q else None
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), probs
+        return sample.most_likely(logits), probs
     probs = sample.probabilities(logits, sampling)
     return sample.draw(keys, probs), probs
 

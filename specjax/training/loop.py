@@ -16,7 +16,8 @@ from flax import nnx
 
 from specjax.errors import ConfigError
 from specjax.models.llama import Llama
-from specjax.training import batches, losses
+from specjax.training import batches
+from specjax.training.vocabulary import Vocabulary
 
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -108,7 +109,7 @@ class Trainer:
     def run(
         self,
         target: Llama,
-        vocab: losses.Vocabulary | None,
+        vocab: Vocabulary | None,
         examples,
         store,
         plan,
@@ -161,9 +162,7 @@ class Trainer:
         head = nnx.merge(self._graph, parameters, rest)
         return self._loss(head, target, vocab, batch, self.weights)[1]
 
-    def evaluate(
-        self, target: Llama, vocab: losses.Vocabulary | None, examples, store, plan
-    ) -> dict:
+    def evaluate(self, target: Llama, vocab: Vocabulary | None, examples, store, plan) -> dict:
         """Sums of the measurements over held-out examples."""
         total = None
         for width, rows in plan:

@@ -18,7 +18,9 @@ from specjax import cache as kv
 from specjax.models import layers
 from specjax.models.eagle3 import Eagle3Head
 from specjax.models.llama import Llama
+from specjax.training import vocabulary as vocabularies
 from specjax.training.batches import Batch
+from specjax.training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +40,6 @@ class Weights:
     decay: float
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """The tokens over which the loss is taken.
-
-    Attributes:
-        ids: token ids, ascending.
-        index: place of each token id in `ids`, or -1.
-        output: rows of the target's output head for `ids`.
-    """
-
-    ids: Int[Array, "U"]
-    index: Int[Array, "V"]
-    output: Float[Array, "U D"]
-
-
-def vocabulary(target: Llama, ids: Int[np.ndarray, "U"]) -> Vocabulary:
-    """The rows of the target's output head for these tokens."""
-    index = np.full(target.config.vocab_size, -1, np.int32)
-    index[ids] = np.arange(len(ids))
-    output = target.output_weight()[jnp.asarray(ids)]
-    return Vocabulary(ids=jnp.asarray(ids), index=jnp.asarray(index), output=output)
-
-
 def unrolled(
     head, target: Llama, vocab: Vocabulary, batch: Batch, weights: Weights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -76,7 +54,7 @@ def unrolled(
     """
     width, head = batch.tokens.shape[1], _computing_as(target, head)
     following = jax.tree.map(_following, batch)
-    wanted = jax.nn.softmax(_over(vocab, following.final))
+    wanted = jax.nn.softmax(vocabularies.logits(vocab, following.final))
     known = vocab.index[following.greedy] >= 0
     loss, measured = jnp.zeros(()), []
     for step, hidden in enumerate(drafted(head, target, batch, weights.steps)):
@@ -173,29 +151,7 @@ def _block(tokens: Int[Array, "B T"], step: int) -> layers.Block:
 def _logits(head, hidden: Float[Array, "B T D"], target: Llama, vocab: Vocabulary):
     if isinstance(head, Eagle3Head):
         return head.logits(hidden, target)
-    return _over(vocab, hidden)
-
-
-def _over(vocab: Vocabulary, features: Float[Array, "B T D"]) -> Float[Array, "B T U"]:
-    """Logits of the target's output head, which is not trained; float32."""
-    return _frozen_matmul(features.astype(vocab.output.dtype), vocab.output)
-
-
-@jax.custom_vjp
-def _frozen_matmul(x: Float[Array, "B T D"], weight: Float[Array, "U D"]) -> Float[Array, "B T U"]:
-    """x W^T in float32. Backwards, too, both factors have the compute dtype, where JAX would multiply in float32."""
-    return jnp.einsum("btd,ud->btu", x, weight, preferred_element_type=jnp.float32)
-
-
-def _frozen_forward(x, weight):
-    return _frozen_matmul(x, weight), weight
-
-
-def _frozen_backward(weight, gradient):
-    return gradient.astype(weight.dtype) @ weight, jnp.zeros_like(weight)
-
-
-_frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
+    return vocabularies.logits(vocab, hidden)
 
 
 def _terms(

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from specjax import sampling as sample
 from specjax.verify import base
 
 
@@ -17,7 +18,7 @@ class Greedy:
 
     def __call__(self, tree, q, logits, keys, sampling) -> base.Verified:
         """See `base.Acceptor`; `q`, `keys` and `sampling` are not read."""
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = sample.most_likely(logits)
         expected = jnp.take_along_axis(best, jnp.maximum(tree.parents, 0), axis=1)
         found = base.deepest(tree, tree.tokens == expected)
         next_token = jnp.take_along_axis(best, found.node[:, None], axis=1)[:, 0]

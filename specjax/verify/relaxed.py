@@ -39,7 +39,7 @@ class Relaxed:
         parents = jnp.where(jnp.arange(tree.num_nodes) == 0, -1, tree.parents)
         refused = jnp.any(parents == walk.node[:, None], axis=1)
         drawn = sample.draw(sample.fold(keys, 1), walk.residual)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = sample.most_likely(logits)
         likeliest = jnp.take_along_axis(best, walk.node[:, None], axis=1)[:, 0]
         next_token = jnp.where(refused, drawn, likeliest)
         return base.verified(tree, walk.path, walk.length, next_token)

@@ -28,8 +28,8 @@ def _values(*arguments: str) -> flags.FlagValues:
             {"kind": "lm", "model": "DIR"},
         ),
         (
-            ["--drafter=eagle", "--draft_topk=4", "--num_nodes=9"],
-            {"kind": "eagle", "topk": 4, "num_nodes": 9},
+            ["--drafter=eagle", "--draft_topk=4", "--num_nodes=9", "--draft_vocabulary_size=64"],
+            {"kind": "eagle", "topk": 4, "num_nodes": 9, "vocabulary_size": 64},
         ),
         (
             ['--drafter={"kind": "lm", "model": "DIR"}', "--draft_depth=2"],

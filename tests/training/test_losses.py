@@ -8,7 +8,7 @@ import pytest
 from specjax import cache as kv
 from specjax import target as passes
 from specjax.models import layers
-from specjax.training import initial, losses
+from specjax.training import initial, losses, vocabulary
 from specjax.training.batches import Batch
 from tests import tiny
 
@@ -66,7 +66,7 @@ def test_a_perfect_head_has_no_loss():
     """Regression vanishes where the output is the target's next feature, cross-entropy is then the entropy."""
     target = tiny.model()
     batch = _batch(target)
-    vocab = losses.vocabulary(target, np.arange(target.config.vocab_size))
+    vocab = vocabulary.of_target(target, np.arange(target.config.vocab_size))
 
     class Oracle:
         config = tiny.config(num_layers=1)
@@ -94,7 +94,7 @@ def test_tokens_outside_the_draft_vocabulary_do_not_count():
     target, head = next(iter(_heads()))
     batch = _batch(target)
     ids = np.asarray([1, 4, 6])
-    vocab = losses.vocabulary(target, ids)
+    vocab = vocabulary.of_target(target, ids)
     weights = losses.Weights(steps=2, regression=0.0, cross_entropy=1.0, decay=0.5)
     _, measured = _jitted(losses.unrolled)(head, target, vocab, batch, weights)
     following = np.asarray(batch.greedy)[:, 1:]
@@ -107,10 +107,10 @@ def test_tokens_outside_the_draft_vocabulary_do_not_count():
 def test_gradients_through_the_output_head():
     """They are written by hand, so that bfloat16 models multiply in bfloat16 both ways."""
     target = tiny.model()
-    vocab = losses.vocabulary(target, np.asarray([1, 4, 6]))
+    vocab = vocabulary.of_target(target, np.asarray([1, 4, 6]))
     features, factors = jax.random.normal(jax.random.key(1), (2, 2, 3, vocab.output.shape[1]))
     weights = factors[..., :3]
-    found = jax.grad(lambda x: jnp.sum(weights * jnp.sin(losses._over(vocab, x))))(features)
+    found = jax.grad(lambda x: jnp.sum(weights * jnp.sin(vocabulary.logits(vocab, x))))(features)
     wanted = jax.grad(lambda x: jnp.sum(weights * jnp.sin(x @ vocab.output.T)))(features)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
@@ -120,7 +120,7 @@ def test_medusa_heads_see_further_tokens():
     target = tiny.model()
     heads = initial.medusa_heads(target, 3)
     batch = _batch(target)
-    vocab = losses.vocabulary(target, np.arange(target.config.vocab_size))
+    vocab = vocabulary.of_target(target, np.arange(target.config.vocab_size))
     weights = losses.Weights(steps=1, regression=0.0, cross_entropy=1.0, decay=1.0)
     _, measured = _jitted(losses.medusa)(heads, target, vocab, batch, weights)
     np.testing.assert_array_equal(measured["counted"], [7 + 5, 6 + 4, 5 + 3])

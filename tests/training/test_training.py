@@ -14,7 +14,7 @@ import specjax
 from experiments import common, own_text, train_eagle
 from specjax.checkpoints import heads
 from specjax.errors import ConfigError
-from specjax.training import batches, features, initial, loop, losses, text
+from specjax.training import batches, features, initial, loop, losses, text, vocabulary
 from tests import paths, tiny
 
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -123,7 +123,7 @@ def _trainer(folder, target, total=8):
 
 
 def _run(trainer, target, examples, store, plan, steps_until_stop=None):
-    vocab = losses.vocabulary(target, np.arange(target.config.vocab_size))
+    vocab = vocabulary.of_target(target, np.arange(target.config.vocab_size))
 
     def report(step, epoch, measured):
         if step == steps_until_stop:
