@@ -229,7 +229,6 @@ def test_compilation_is_timed_apart():
     second = run(NoDraft(), tiny.requests(PROMPTS[:1], 9), programs=programs)[0].metrics
     assert first.compile_ms > 0
     assert second.compile_ms == 0
-    assert first.prefill_ms + first.decode_ms < first.compile_ms
 
 
 def test_looking_in_between_changes_nothing():

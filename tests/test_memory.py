@@ -127,7 +127,8 @@ def test_decoding_keeps_its_caches_in_place(name, batch):
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     cache = num_bytes(state.cache)
     layer = cache // CONFIG.num_layers
-    logits = 4 * batch * proposer.num_nodes * CONFIG.vocab_size
+    # Twice: as W x^T yields them on CPUs, and by rows.
+    logits = 2 * 4 * batch * proposer.num_nodes * CONFIG.vocab_size
     beside = memory.temp_size_in_bytes - logits
     print(
         f"{name}, batch {batch}: cache {cache}, draft state {num_bytes(state.draft)}, aliased "

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.aot import resources
+from specjax.aot import resources, shapes
 from specjax.aot.compile import Compiler
 from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas.device import Gpu
@@ -106,8 +106,9 @@ def _glue_cases(models, rows, dtype) -> Iterator[Case]:
         spec, hidden = specs.SPECS[model], MODELS[model]["qkv"][1]
         if hidden % 1024 or spec.head_dim % 128:
             continue  # XLA's own kernels run there
+        sizes = dict(hidden=hidden, layers=shapes.lookup(model).num_layers)
         for count in rows:
-            for name, function, arguments in _glue(kernels, spec, hidden, count, jnp.dtype(dtype)):
+            for name, function, arguments in _glue(kernels, spec, count, jnp.dtype(dtype), **sizes):
                 yield Case(
                     op="glue",
                     name=f"{name}/{model}/{count} rows/{dtype}",
@@ -117,7 +118,7 @@ def _glue_cases(models, rows, dtype) -> Iterator[Case]:
                 )
 
 
-def _glue(kernels, spec, hidden: int, rows: int, dtype) -> Iterator[tuple]:
+def _glue(kernels, spec, rows: int, dtype, *, hidden: int, layers: int) -> Iterator[tuple]:
     """Name, function and abstract arguments of each glue kernel."""
 
     def shape(*sizes, dtype=jnp.float32):
@@ -144,7 +145,7 @@ def _glue(kernels, spec, hidden: int, rows: int, dtype) -> Iterator[tuple]:
         functools.partial(kernels.combine, nodes=rows, group=group, dtype=dtype),
         (shape(*sums.shape, spec.head_dim), sums, sums),
     )
-    yield "move_rows", kernels.move_rows, ([cache, cache], start, path)
+    yield "move_rows", kernels.move_rows, ([cache] * 2 * layers, start, path)
 
 
 def _positional(function):

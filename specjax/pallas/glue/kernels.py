@@ -7,6 +7,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _THREADS = 128
+# Layouts as the kernel states them. Where Mosaic infers them, each load is one recursion deeper: too deep for the 160
+# buffers of a 70B model, and minutes for fewer.
+_STATED_LAYOUTS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def _vector(size: int):
@@ -156,18 +159,20 @@ def move_rows(buffers, start, path, *, interpret=None):
 
     A thread block has one head of one buffer: it reads all rows before it writes one.
     """
-    batch, kv_heads, _, _ = buffers[0].shape
+    batch, kv_heads, _, channels = buffers[0].shape
     length = path.shape[1]
+    layout = _vector(channels)
 
     def body(start_ref, path_ref, *refs):
         index, sequence, head = (lax.axis_index(n) for n in ("buffer", "sequence", "head"))
         first = start_ref[sequence]
+        slots = [first + path_ref[sequence, j] for j in range(length)]
 
         for number, ref in enumerate(refs):
 
             @pl.when(index == number)
             def _(ref=ref):
-                rows = [ref[sequence, head, first + path_ref[sequence, j]] for j in range(length)]
+                rows = [plgpu.load(ref.at[sequence, head, slot], layout=layout) for slot in slots]
                 for j, row in enumerate(rows):
                     ref[sequence, head, first + j] = row
 
@@ -179,6 +184,7 @@ def move_rows(buffers, start, path, *, interpret=None):
         grid_names=("buffer", "sequence", "head"),
         kernel_name="move_rows",
         interpret=interpret,
+        compiler_params=_STATED_LAYOUTS,
     )
     run(start, path, *refs)
     return [jax.freeze(ref) for ref in refs]
