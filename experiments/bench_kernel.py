@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import common, environment, records
+from experiments import common, contest, environment, records
 from experiments import kernel_timing as timing
 from specjax.aot import kernels
 from specjax.errors import ConfigError
@@ -229,7 +229,6 @@ def _peers(job: Job, x, weights, dtype: str) -> dict[str, float]:
 
 def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> None:
     """Prints kernel rows as a table."""
-    console = console or Console()
     table = Table()
     for header in ("op", "shape", "rows", "us", "of roofline", "error", "XLA us", "cuBLAS bf16 us"):
         table.add_column(header, justify="left" if header in ("op", "shape") else "right")
@@ -241,7 +240,7 @@ def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> N
             f"{row['relative_error']:.1e}" + ("" if row["correct"] else " WRONG"),
             *(f"{row[name]:.2f}" if name in row else "-" for name in ("xla_us", "cublas_bf16_us")),
         )
-    console.print(table)
+    contest.show(table, console)
 
 
 def write_tuned(op: str, values: flags.FlagValues, gpu: device.Gpu) -> Path:

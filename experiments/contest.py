@@ -167,7 +167,7 @@ def equal_cell(row: dict[str, Any], baseline_name: str) -> str:
     return "yes" if equal == count else f"no ({equal} of {count})"
 
 
-def show(table: Table, console: Console | None) -> None:
+def show(table: Table, console: Console | None = None) -> None:
     """Prints a table; where there is no terminal, 120 columns wide."""
     console = console or Console()
     if not console.is_terminal:

@@ -209,6 +209,8 @@ def quality(comparison: Comparison):
             markersize=6,
             capsize=2.5,
             linewidth=0.9,
+            clip_on=False,
+            zorder=3,
         )
     none = {"linestyle": "none"}
     handles = [Line2D([], [], color=colours[w], marker="o", label=w, **none) for w in weights]

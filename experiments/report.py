@@ -76,8 +76,9 @@ def _markdown(results: Results, drawn: dict[str, str], title: str) -> str:
     for benchmark, found in results.by_benchmark().items():
         parts += [f"## {benchmark}", tables.conditions(found), tables.overall(found)]
         parts += _shown(drawn, benchmark, "speedup", "quality")
-        parts += ["### Speed-up by category", tables.categories(found)]
-        parts += _shown(drawn, benchmark, "categories")
+        if len(found.subtasks()) > 1:
+            parts += ["### Speed-up by category", tables.categories(found)]
+            parts += _shown(drawn, benchmark, "categories")
         parts += [
             "### Acceptance",
             tables.acceptance(found),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import answers
+from experiments import answers, naming
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -22,11 +22,13 @@ class Run:
     Attributes:
         rows: all rows; `answered` those that count.
         by_id: answered rows by question.
+        drafter_name: short, and different from that of other drafters among the results.
     """
 
     rows: list[answers.Row]
     answered: list[answers.Row]
     by_id: dict[Any, answers.Row]
+    drafter_name: str
 
     @property
     def config(self) -> dict[str, Any]:
@@ -42,13 +44,9 @@ class Run:
 
     @property
     def drafter(self) -> str:
-        """The drafter's label, with what makes its output differ from the target's."""
+        """The drafter's name, with what makes its output differ from the target's."""
         lossless = all(turn.get("lossless", True) for row in self.rows for turn in row["metrics"])
-        # Paths say little in tables; the whole specification is in the rows.
-        label = self.config["drafter_label"].replace(
-            str(self.config["drafter"].get("model")), "..."
-        )
-        return label + ("" if lossless else " (lossy)")
+        return self.drafter_name + ("" if lossless else " (lossy)")
 
     @property
     def is_plain(self) -> bool:
@@ -169,7 +167,8 @@ def read(inputs: Sequence[Path], baseline: str | None = None) -> Results:
                 found.setdefault(key, []).append(row)
             elif row.get("record") in kinds:
                 kinds[row["record"]].append(row)
-    results.runs = [_run(rows) for rows in found.values()]
+    names = naming.short_names([rows[0]["config"]["drafter"] for rows in found.values()])
+    results.runs = [_run(*each) for each in zip(found.values(), names, strict=True)]
     if not results.runs and not any(kinds.values()):
         raise ConfigError(f"--inputs={','.join(map(str, inputs))}: no results to report")
     if baseline is not None and baseline not in {run.name for run in results.runs}:
@@ -208,6 +207,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _run(rows: list[answers.Row]) -> Run:
+def _run(rows: list[answers.Row], drafter_name: str) -> Run:
     good = answers.answered(rows)
-    return Run(rows=rows, answered=good, by_id={row["id"]: row for row in good})
+    by_id = {row["id"]: row for row in good}
+    return Run(rows=rows, answered=good, by_id=by_id, drafter_name=drafter_name)

@@ -39,6 +39,8 @@ def conditions(comparison: Comparison) -> str:
         f"{', '.join(models)} in {', '.join(dtypes)} on {device} ({machine['num_cpus']} processors), "
         f"up to {', '.join(map(str, limits))} new tokens per turn."
     )
+    labels = {run.drafter: run.config["drafter_label"] for run in comparison.runs}
+    text += "".join(f" {name}: {label}." for name, label in labels.items() if label != name)
     base = comparison.baseline
     if base is None:
         return text + " No run decodes plainly, so there are no speed-ups."

@@ -42,15 +42,11 @@ _RECIPE = (
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    string = functools.partial(flags.DEFINE_string, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     choice = functools.partial(flags.DEFINE_enum, flag_values=values)
-    string("model", None, "The base: checkpoint folder, .gguf file, model name or hub id.")
-    string("output", None, "Folder for the routed model; replaced after each checkpoint.")
-    string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
+    training_runs.define_run_flags(values, weight_decay=0.02, clip_norm=1.0)
     training_runs.define_text_flags(values)
-    integer("seed", 0, "Of initial values, order and noise.")
     number("target_rate", 0.5, "Share of the layers that a token shall run through.")
     choice(
         "router_bits", "4", ("none", "4", "8"), "Codes that routers see; none: the state itself."
@@ -61,17 +57,8 @@ def define_flags(values: flags.FlagValues) -> None:
     number("rate_weight", 5.0, "Final weight of the distance from --target_rate.", lower_bound=0.0)
     integer("lora_rank", 8, "Rank of the updates of q, k and v.", lower_bound=1)
     number("dropout", 0.05, "Of the updates' outputs.", lower_bound=0.0, upper_bound=0.9)
-    integer("total_steps", 2000, "Optimizer steps.", lower_bound=1)
-    integer("tokens_per_batch", 4096, "Padding included.", lower_bound=128)
-    integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
     number("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
-    integer("warmup_steps", 100, "Linear warm-up.", lower_bound=0)
-    number("weight_decay", 0.02, "AdamW's.", lower_bound=0.0)
-    number("clip_norm", 1.0, "Bound of the gradient's norm.", lower_bound=0.0)
-    choice("dtype", None, config.DTYPES, "Compute dtype of the base. Default: float32 on CPUs.")
     choice("export_dtype", None, config.DTYPES, "Of the written weights. Default: the base's.")
-    flags.DEFINE_boolean("overwrite", False, "Replace --output of another run.", flag_values=values)
-    flags.mark_flags_as_required(["model", "output"], flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:

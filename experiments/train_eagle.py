@@ -24,7 +24,6 @@ from tqdm import tqdm
 import specjax
 from experiments import common, own_text, training_runs
 from specjax import draft_vocabulary
-from specjax.config import DTYPES
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -40,20 +39,9 @@ _RECIPE = (
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    string = functools.partial(flags.DEFINE_string, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
-    string("model", None, "The target: checkpoint folder, .gguf file, model name or hub id.")
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        DTYPES,
-        "Compute dtype of target and head; the head's parameters stay float32. Default: float32 on CPUs, else what the "
-        "checkpoint states.",
-        flag_values=values,
-    )
-    string("output", None, "Folder for the head; replaced after each checkpoint.")
-    string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
+    training_runs.define_run_flags(values, weight_decay=0.0, clip_norm=0.5)
     flags.DEFINE_enum(
         *("kind", "eagle", ("eagle", "eagle3", "medusa"), "Head to train."), flag_values=values
     )
@@ -63,7 +51,6 @@ def define_flags(values: flags.FlagValues) -> None:
         "Let the target write so many prompts itself first (as Magpie, arXiv 2406.08464), and answer them.",
         lower_bound=1,
     )
-    integer("seed", 0, "Of initial values, order and noise.")
     integer(
         *("draft_vocab_size", None),
         "Tokens that the loss is taken over, and EAGLE-3 drafts from: the text's most frequent. Default: all; for "
@@ -71,13 +58,7 @@ def define_flags(values: flags.FlagValues) -> None:
         lower_bound=2,
     )
     integer("num_heads", 4, "Medusa heads.", lower_bound=1)
-    integer("total_steps", 2000, "Optimizer steps.", lower_bound=1)
-    integer("tokens_per_batch", 4096, "Padding included.", lower_bound=128)
-    integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
     number("learning_rate", None, "Peak. Default: 3e-4; medusa 1e-3.", lower_bound=0.0)
-    integer("warmup_steps", 100, "Linear warm-up.", lower_bound=0)
-    number("weight_decay", 0.0, "AdamW's.", lower_bound=0.0)
-    number("clip_norm", 0.5, "Bound of the gradient's norm.", lower_bound=0.0)
     number(
         "feature_noise",
         None,
@@ -94,8 +75,6 @@ def define_flags(values: flags.FlagValues) -> None:
         "Start an eagle head as the linear map that best predicts the next feature.",
         flag_values=values,
     )
-    flags.DEFINE_boolean("overwrite", False, "Replace --output of another run.", flag_values=values)
-    flags.mark_flags_as_required(["model", "output"], flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import common, environment, records, step_times
+from experiments import common, contest, environment, records, step_times
 from specjax import tuning
 from specjax.drafters import registry
 from specjax.errors import ConfigError
@@ -131,9 +130,6 @@ def _accepted(model, spec: dict, prompts, max_new_tokens: int) -> list[int]:
 
 
 def _print(costs: tuning.Costs, choice: tuning.Prediction) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
     table = Table(title="per tree size the best depth")
     for name in ("nodes", "verify ms", "of 1 row", "depth", "step ms", "tokens/step", "speed-up"):
         table.add_column(name, justify="right")
@@ -147,7 +143,7 @@ def _print(costs: tuning.Costs, choice: tuning.Prediction) -> None:
         cells = [nodes, f"{verify:.2f}", f"{verify / costs.verify_ms[1]:.2f}", found.draft_depth]
         cells += [f"{found.step_ms:.2f}", f"{found.acceptance_length:.2f}", f"{found.speedup:.2f}"]
         table.add_row(*map(str, cells), style="bold" if found == choice else None)
-    console.print(table)
+    contest.show(table)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_bad_input_is_refused(run, write, plain, tmp_path):
 def test_figures_without_data_are_left_out(plain):
     assert figures.verify_times([]) is None
     assert figures.time_split([]) is None
-    run = runs._run(plain)
+    run = runs._run(plain, "none")
     comparison = runs.Comparison(runs=[run], baseline=run)
     assert figures.acceptance(comparison) is None
     assert figures.categories(comparison) is None
