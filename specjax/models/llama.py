@@ -85,7 +85,7 @@ class Llama(nnx.Module):
             if index in capture:
                 captured[index] = x if added is None else x + parts.value(added)
             arguments = block, rope, cache.keys[index], cache.values[index]
-            x, added, k, v = layer.residual(x, added, *arguments)
+            x, added, k, v = nn.shared_residual(layer, x, added, *arguments)
             keys.append(k)
             values.append(v)
         return ForwardOutput(
