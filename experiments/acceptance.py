@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, evaluate, records, tables
+from experiments import common, naming, records, tables
 from specjax.errors import ConfigError
 
 _NEEDED = {"id", "output_ids", "acceptance_histogram", "config"}
@@ -72,7 +72,7 @@ def table(files: dict[str, dict[Any, dict[str, Any]]]) -> str:
         config, count = next(iter(rows.values()))["config"], counts[name]
         equal = sum(rows[key]["output_ids"] == first[key]["output_ids"] for key in shared)
         new_tokens = sum(len(rows[key]["output_ids"]) for key in shared)
-        names = [Path(config["model"]).name, evaluate.short_label(config["drafter"])]
+        names = [Path(config["model"]).name, naming.short_label(config["drafter"])]
         histograms.append([*names, *map(str, count), *["-"] * (deepest + 1 - len(count))])
         lines.append(
             [

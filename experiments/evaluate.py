@@ -32,6 +32,7 @@ from experiments import (
     common,
     environment,
     methods,
+    naming,
     preset,
     records,
 )
@@ -160,7 +161,7 @@ def _config(values: flags.FlagValues, benchmark: Benchmark, spec: dict[str, Any]
         **common.model_config(values),
         "weights": weights,
         "drafter": common.full_spec(spec),
-        "drafter_label": short_label(spec),
+        "drafter_label": naming.short_label(spec),
         **options,
         "preset": values.preset,
         "backend": values.backend,
@@ -190,21 +191,10 @@ def describe_weights(model: str) -> str:
 
 def _run_name(values: flags.FlagValues, weights: str, spec: dict[str, Any]) -> str:
     """A file name that tells model, weights, depth and drafter."""
-    parts = [Path(values.model).name.removesuffix(".gguf"), weights, short_label(spec)]
+    parts = [Path(values.model).name.removesuffix(".gguf"), weights, naming.short_label(spec)]
     parts += [values.depth] if values.depth != "auto" else []
     parts += [values.tree_selection] if values.tree_selection != "off" else []
     return "_".join(re.sub(r"[^\w.=,+-]+", "-", part).strip("-") for part in parts)
-
-
-def short_label(spec: dict[str, Any]) -> str:
-    """A drafter's label in which paths are shortened to their last part and options that are None left out."""
-    short = {
-        name: Path(value).name if name == "model" else value
-        for name, value in spec.items()
-        if name != "inner" and value is not None
-    }
-    inner = "" if "inner" not in spec else f"-{short_label(spec['inner'])}"
-    return common.label(short) + inner
 
 
 def _remaining(output: records.Records, chosen: Sequence[Question]) -> list[Question]:

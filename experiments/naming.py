@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import common
+
 
 def short_names(specs: Sequence[dict[str, Any]]) -> list[str]:
     """A name for each drafter: its kind, and the options in which it differs from others of its kind.
@@ -19,6 +21,15 @@ def short_names(specs: Sequence[dict[str, Any]]) -> list[str]:
         told = ", ".join(f"{key}={_shown(mine[key])}" for key in differing)
         names.append(f"{kind}({told})" if told else kind)
     return names
+
+
+def short_label(spec: dict[str, Any]) -> str:
+    """The label of one drafter, paths shortened to their last part and options that are None left out."""
+    short = {
+        name: _shown(value) for name, value in spec.items() if name != "inner" and value is not None
+    }
+    inner = "" if "inner" not in spec else f"-{short_label(spec['inner'])}"
+    return common.label(short) + inner
 
 
 def _kind(spec: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ class Synthetic:
         wanted = whole + (draws < self.mean - whole).astype(jnp.int32)
         length = jnp.clip(wanted, 1, found.length)
         # The bonus is the target's token after the last node that is kept, as it would be.
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = sample.most_likely(logits)
         node = jnp.take_along_axis(found.path, length[:, None] - 1, axis=1)
         next_token = jnp.take_along_axis(best, node, axis=1)[:, 0]
         # Where nothing was drafted both rules agree; reading the real one keeps its work in the program.

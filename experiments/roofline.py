@@ -88,14 +88,14 @@ class BareDecoding:
         def step(leaves, token, position, cache):
             module = jax.tree.unflatten(structure, leaves)
             out = module(layers.causal_block(token[:, None], position), cache)
-            token = jnp.argmax(module.logits(out.hidden[:, 0]), axis=-1).astype(jnp.int32)
+            token = sampling.most_likely(module.logits(out.hidden[:, 0]))
             return token, position + 1, out.cache
 
         def prefill(leaves, tokens, cache):
             module = jax.tree.unflatten(structure, leaves)
             out = module(layers.causal_block(tokens, jnp.zeros((1,), jnp.int32)), cache)
             last = lax.index_in_dim(out.hidden, -1, axis=1, keepdims=False)
-            return jnp.argmax(module.logits(last), axis=-1).astype(jnp.int32), out.cache
+            return sampling.most_likely(module.logits(last)), out.cache
 
         self._step = jax.jit(step, donate_argnames="cache")
         self._prefill = jax.jit(prefill, donate_argnames="cache")

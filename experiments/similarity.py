@@ -24,6 +24,7 @@ from tqdm import tqdm
 from experiments import benchmarks, common, environment, evaluate, preset, records
 from specjax import cache as kv
 from specjax import engine
+from specjax import sampling as sample
 from specjax.errors import ConfigError
 from specjax.models import layers
 
@@ -146,7 +147,7 @@ def _first_choices(module, inputs):
     def of_row(hidden):
         logits = module.logits(hidden)
         top = jnp.exp(jnp.max(logits, -1) - jax.nn.logsumexp(logits, -1))
-        return jnp.argmax(logits, -1), top
+        return sample.most_likely(logits), top
 
     return lax.map(of_row, module(block, cache).hidden)
 

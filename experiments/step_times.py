@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common, environment, evaluate, preset, records
+from experiments import common, environment, evaluate, naming, preset, records
 from specjax import decode, engine, sampling, target, verify
 from specjax.drafters.base import Chunk
 from specjax.errors import ConfigError
@@ -92,7 +92,7 @@ def _rows(times: dict[str, float], weights, spec, num_nodes: int, sizes) -> list
     return [
         {
             "record": "step_times",
-            "label": f"{weights}, {evaluate.short_label(spec)}",
+            "label": f"{weights}, {naming.short_label(spec)}",
             "num_nodes": num_nodes,
             **parts,
             "other_ms": times["step"] - times["propose"] - times["verify"],
@@ -152,7 +152,7 @@ def measure(
         logits, features, cache, _ = target.forward_tree(
             module, tree, state.cache, state.lengths, drafter.needs
         )
-        return jnp.argmax(logits, -1), features, cache
+        return sampling.most_likely(logits), features, cache
 
     # Weights are arguments: closed over, they would become constants of the program.
     models = (module, drafter)

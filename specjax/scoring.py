@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax import cache as kv
 from specjax import engine
+from specjax import sampling as sample
 from specjax.errors import CapacityError, SpecjaxError
 from specjax.generate import LanguageModel
 from specjax.models import layers
@@ -231,6 +232,6 @@ def _scores(
         rows, labels = pair
         values = module.logits(rows)
         chosen = jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(values, axis=-1) - chosen, jnp.argmax(values, axis=-1) == labels
+        return jax.nn.logsumexp(values, axis=-1) - chosen, sample.most_likely(values) == labels
 
     return lax.map(of_window, (hidden, targets))

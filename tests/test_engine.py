@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -224,11 +225,12 @@ def test_metrics_of_a_request_that_drafted_nothing():
 
 
 def test_compilation_is_timed_apart():
+    jax.clear_caches()  # XLA's own executables, which would make compiling a look-up
     programs = Programs()
     first = run(NoDraft(), tiny.requests(PROMPTS[:1], 9), programs=programs)[0].metrics
     second = run(NoDraft(), tiny.requests(PROMPTS[:1], 9), programs=programs)[0].metrics
-    assert first.compile_ms > 0
     assert second.compile_ms == 0
+    assert first.prefill_ms + first.decode_ms < first.compile_ms
 
 
 def test_looking_in_between_changes_nothing():

@@ -39,7 +39,7 @@ CONFIG = tiny.config(
     tie_word_embeddings=True,
     max_position_embeddings=8192,
 )
-LAYERS_OF_TEMPORARIES = 1.5
+LAYERS_OF_TEMPORARIES = 0.25
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)")

@@ -55,7 +55,7 @@ class EagleHead(nnx.Module):
         x = self.fc(jnp.concatenate([embedded, hidden], axis=-1))
         rope = nn.rope_tables(self.config.rope, self.config.head_dim, block.positions)
         kept = cache.keys[0], cache.values[0]
-        x, keys, values = nn.shared_layer(self.layers[0], x, block, rope, *kept)
+        x, keys, values = nn.shared(self.layers[0], x, block, rope, *kept)
         return x, KVCache(keys=(keys,), values=(values,))
 
     def logits(self, hidden: Float[Array, "... D"], target: llama.Llama) -> Float[Array, "... U"]:

@@ -76,9 +76,8 @@ class Eagle3Head(nnx.Module):
         table = target.model.embed_tokens if self.embed_tokens is None else self.embed_tokens
         embedded = table(block.tokens).astype(hidden.dtype)
         rope = nn.rope_tables(self.config.rope, self.config.head_dim, block.positions)
-        x, keys, values = self.midlayer(
-            embedded, hidden, block, rope, cache.keys[0], cache.values[0]
-        )
+        kept = cache.keys[0], cache.values[0]
+        x, keys, values = nn.shared(self.midlayer, embedded, hidden, block, rope, *kept)
         return x, KVCache(keys=(keys,), values=(values,))
 
     def logits(self, hidden: Float[Array, "... D"], target: llama.Llama) -> Float[Array, "... U"]:

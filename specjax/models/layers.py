@@ -228,5 +228,10 @@ class DecoderLayer(nnx.Module):
 
 # Jitted functions are traced and lowered once for all layers of a kind, and their kernels are compiled once; XLA
 # inlines them. For the 32 layers of an 8B model, compiling ahead of time takes seconds in place of minutes.
-shared_layer = jax.jit(DecoderLayer.__call__)
 shared_residual = jax.jit(DecoderLayer.residual)
+
+
+@jax.jit
+def shared(layer: nnx.Module, *arguments):
+    """layer(*arguments)."""
+    return layer(*arguments)

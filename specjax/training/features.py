@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from specjax import cache as kv
+from specjax import sampling as sample
 from specjax import target as passes
 from specjax.checkpoints import writer
 from specjax.models.llama import Llama
@@ -93,9 +94,9 @@ def _run(
     cache = kv.init(model.config, batch, width, model.dtype)
     start = jnp.zeros((batch,), jnp.int32)
     out, inputs = passes.forward_chunk(model, tokens, start, cache, needs)
-    greedy = jax.lax.map(lambda rows: jnp.argmax(model.logits(rows), -1), out.hidden)
+    greedy = jax.lax.map(lambda rows: sample.most_likely(model.logits(rows)), out.hidden)
     bf16 = jnp.bfloat16
-    return out.hidden.astype(bf16), inputs.astype(bf16), greedy.astype(jnp.int32)
+    return out.hidden.astype(bf16), inputs.astype(bf16), greedy
 
 
 def _file(path: Path, dtype, mode: str, shape) -> np.memmap:
