@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from absl import app, flags
@@ -27,6 +27,7 @@ from specjax.depth import selection
 from specjax.drafters import registry
 from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas import dispatch
+from specjax.prepare import Dequantize
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ def define_model_flags(
     flags.DEFINE_enum(
         "dequantize",
         "auto",
-        ("auto", "load", "never"),
-        "When weight-only codes become dense: at load, never, or as suits the backend.",
+        get_args(Dequantize),
+        "When weight-only codes become dense: at load, never, or as suits the backend; fold: never, and the two levels "
+        "of QQQ's group scales become one.",
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -25,14 +25,16 @@ def available(
         model: path or name of the target.
         draft_checkpoints: paths or names of heads and draft models.
         dequantize: as in `specjax.load`. Self-speculation needs codes; where the backend would make them dense, it
-            would slow plain decoding down, so there it is left out unless this is "never".
+            would slow plain decoding down, so there it is left out unless this is "fold" or "never".
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint cannot be read.
     """
     specs: list[dict[str, Any]] = [{"kind": "none"}, {"kind": "ngram"}]
     if hub.shipped_head(model) is not None:
         specs.append({"kind": "eagle"})
-    keeps_codes = dequantize == "never" or (dequantize == "auto" and jax.default_backend() != "cpu")
+    keeps_codes = dequantize in ("fold", "never") or (
+        dequantize == "auto" and jax.default_backend() != "cpu"
+    )
     linear = first_linear(model)
     if keeps_codes and linear is not None and linear.scheme.weights.kind == "int":
         schemes = _CHEAPER.get(linear.scheme.weights.bits, ())

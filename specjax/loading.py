@@ -46,7 +46,9 @@ def load(
         quantize: scheme to round the layers' linears to while loading (to nearest, of the decoded weights if they are
             quantized already; `specjax.convert` has better methods).
         backend: kernels; see `specjax.pallas.dispatch`.
-        dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes; "auto" decides by backend.
+        dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes, "fold" too, with the two
+            levels of QQQ's group scales as one (fewer instructions per weight; not QQQ's own rounding); "auto" decides
+            by backend.
         chat_template: a Jinja chat template to use instead of the model's own.
         qserve_layernorm: run the layers' norms mean-centred, as QServe's kernels do, to compare with them.
         depth: "auto" lets tokens skip layers where the checkpoint has routers, "full" ignores these, "routed" insists.

@@ -1,6 +1,6 @@
 """From the canonical form of a model to the form that runs: fused projections, weights as the backend wants them."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from specjax.quant import packed_linear, view
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
 
-Dequantize = Literal["auto", "load", "never"]
+Dequantize = Literal["auto", "load", "fold", "never"]
 
 
 def prepare(
@@ -33,6 +33,7 @@ class Preparation:
     weights is a policy of the backend: XLA has no kernel that multiplies 4-bit codes well, so on CPUs ("auto", "load")
     weight-only linears become dense in the compute dtype, and linears with integer activations keep their integer
     arithmetic over decoded int8 codes. "never" keeps the codes; other schemes can then be viewed over the same arrays.
+    "fold" keeps them too, with the two levels of QQQ's scales multiplied into one (`view.folded`).
     Where there is a GPU that the kernels support, codes are packed as these read them (unless the backend is another).
 
     Raises:
@@ -40,13 +41,14 @@ class Preparation:
     """
 
     def __init__(self, backend: dispatch.Backend, dequantize: Dequantize, dtype):
-        if dequantize not in ("auto", "load", "never"):
-            raise ConfigError(f"{dequantize=}: supported are auto, load, never")
+        if dequantize not in get_args(Dequantize):
+            raise ConfigError(f"{dequantize=}: supported are {', '.join(get_args(Dequantize))}")
         gpu = device.current()
         no_gpu = gpu is None and jax.default_backend() == "cpu"
         on_cpu = backend in ("auto", "xla") and no_gpu
         self._packs = backend in ("auto", "mosaic") and gpu is not None
         self._at_load = dequantize == "load" or (dequantize == "auto" and on_cpu)
+        self._folds = dequantize == "fold"
         self._backend, self._dtype = backend, dtype
 
     def linear(self, linear):
@@ -64,6 +66,8 @@ class Preparation:
         return _map_quantized(packed_linear.pack, linear)
 
     def _decode(self, node: QuantizedLinear):
+        if self._folds:
+            return view.folded(node)
         if not self._at_load:
             return node
         if node.scheme.activations is None:

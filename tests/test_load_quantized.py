@@ -45,6 +45,17 @@ def test_groups_follow_the_widths():
     assert recipe.at_load("w8a8", model().config).group_size == -1
 
 
+def test_two_levels_of_scales_fold_while_loading():
+    folded = specjax.load(paths.fixture("tiny-qqq-g128"), dtype="float32", dequantize="fold")
+    linears = view.quantized_linears(folded.module)
+    assert {linear.scheme.name for _, linear in linears} == {"w4a8"}
+    text = tiny.prompts()[0]
+    exact = tiny.full_logits(tiny.fixture_model("tiny-qqq-g128"), text)
+    found = tiny.full_logits(folded.module, text)
+    error = np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2))
+    assert 0 < error < 0.02
+
+
 def test_quantized_checkpoints_are_decoded_first():
     found = specjax.load(
         paths.fixture("tiny-gptq-g128"), dtype="float32", quantize="w8a16", dequantize="never"

@@ -7,6 +7,7 @@ tables, sums of groups, splits, stores. What is replaced is covered by `test_lay
 `test_bit_tricks.py`.
 """
 
+import dataclasses
 import importlib
 
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def relative_error(found, wanted) -> float:
 
 
 def check_float(
-    op: str, linear, rows: int, config: Config = SMALL, dtype=jnp.float16, arch=HOPPER
+    op: str, linear, rows: int, config: Config | None = SMALL, dtype=jnp.float16, arch=HOPPER
 ) -> None:
     x = rows_of(rows, linear.in_features, dtype)
     weight = packed.pack(linear, 16)
@@ -69,7 +70,7 @@ def check_float(
 
 
 def check_integer(
-    op: str, linear, rows: int, config: Config = SMALL, operand_bits: int = 8, arch=HOPPER
+    op: str, linear, rows: int, config: Config | None = SMALL, operand_bits: int = 8, arch=HOPPER
 ) -> None:
     """Accumulators are exact, so that what is per channel must agree to the last bit."""
     x = rows_of(rows, linear.in_features, jnp.float32)
@@ -130,6 +131,15 @@ def test_w4a16_forms(name, group_size, minima):
 
 
 @slow
+@pytest.mark.parametrize("inputs", [4096, 14336])
+def test_inputs_of_an_8b_model(inputs):
+    """All inputs of its projections, with the tiles and splits that an H200 gets."""
+    check_float("matmul_w4a16", draw.make(lookup("w4a16"), 128, inputs, 128), 8, config=None)
+    check_integer("matmul_w4a8", draw.make(lookup("w4a8"), 128, inputs, 128), 8, config=None)
+    check_integer("matmul_w8a8", draw.make(lookup("w8a8"), 128, inputs, inputs), 8, config=None)
+
+
+@slow
 def test_w4a16_bfloat16():
     linear = draw.make(lookup("w4a16"), 128, 256, 128, scale_dtype=jnp.bfloat16)
     check_float("matmul_w4a16", linear, 8, dtype=jnp.bfloat16)
@@ -181,6 +191,26 @@ def test_w4a8_forms(name, group_size, minima):
 
 def test_w4a8_progressive():
     check_integer("matmul_w4a8", qoq(128, 384), 3)
+
+
+@slow
+@pytest.mark.parametrize("arch", [HOPPER, AMPERE])
+@pytest.mark.parametrize("inputs", [8064, 8192])  # sums are shifted back at the end, and by groups
+def test_w4a8_progressive_sums_stay_in_int32(inputs, arch):
+    linear = qoq(64, inputs)
+    extreme = dict(
+        codes=jnp.zeros_like(linear.codes),
+        scales=jnp.full_like(linear.scales, 8),
+        zeros=jnp.full_like(linear.zeros, -128),
+        channel_scales=jnp.ones_like(linear.channel_scales),
+        bias=None,
+    )
+    linear = dataclasses.replace(linear, **extreme)
+    x = jnp.full((3, inputs), -128, jnp.int8), jnp.ones((3, 1))
+    config = Config(tiles_per_step=1, num_stages=2, splits=1)
+    out = interpreted("matmul_w4a8", *x, packed.pack(linear, 8), config=config, arch=arch)
+    np.testing.assert_array_equal(out, weights.quantized(*x, linear))
+    assert out[0, 0] == 2**14 * inputs
 
 
 @pytest.mark.parametrize(

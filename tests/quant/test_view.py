@@ -2,6 +2,8 @@
 same.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,30 @@ def test_expanded_computes_the_same_accumulators(name):
         np.testing.assert_array_equal(found, wanted)
     x = rows(64)
     np.testing.assert_array_equal(expanded(x), linear(x))
+
+
+def test_folded_scales_are_the_products_of_both_levels():
+    linear = draw.make(lookup("w4a8-qqq"), 24, 256, 128, perm=True, bias=True)
+    folded = view.folded(linear)
+    assert (folded.scheme.name, folded.channel_scales) == ("w4a8", None)
+    assert folded.codes is linear.codes
+    product = linear.scales.astype(jnp.float32) * linear.channel_scales[:, None]
+    np.testing.assert_array_equal(folded.scales, product.astype(jnp.float16))
+    # An int8 weight is at most half a step of its channel from the code times its scale.
+    gap = jnp.abs(folded.dequantize() - linear.dequantize())
+    rounding = jnp.repeat(jnp.abs(product), 128, axis=1) * 8 * 2.0**-11
+    assert (gap <= 0.5 * linear.channel_scales[:, None] + rounding).all()
+    assert gap.max() > 0
+
+
+def test_folded_leaves_others_alone_and_refuses_overflow():
+    for name, group_size in [("w4a8", 32), ("w4a8-qoq", 32), ("w4a8-qqq", 64)]:
+        linear = draw.make(lookup(name), 24, 64, group_size)
+        assert view.folded(linear) is linear
+    large = draw.make(lookup("w4a8-qqq"), 24, 256, 128)
+    large = dataclasses.replace(large, channel_scales=jnp.full(24, 1e5))
+    with pytest.raises(errors.ConfigError, match=r"beyond float16"):
+        view.folded(large)
 
 
 def test_expanded_leaves_others_alone():

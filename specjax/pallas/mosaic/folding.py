@@ -11,6 +11,8 @@ from specjax.pallas.mosaic.plan import Plan
 def add_group(plan: Plan, total, part, table: Callable, sums: Callable):
     """total + scale * (part + zero * sums) + minimum * sums; QoQ keeps integers throughout.
 
+    Accumulators exceed sums of codes by `plan.factor`, as do `sums` unless each group is shifted back.
+
     `table(name)` loads a value per output, `sums()` one per row of the inputs.
     """
     shape, dtype = part.shape, plan.sum_dtype
@@ -22,8 +24,8 @@ def add_group(plan: Plan, total, part, table: Callable, sums: Callable):
         return lax.broadcast_in_dim(sums(), shape, (1,))
 
     if dtype == jnp.int32:
-        # Shifted back, for the sums of all groups would leave int32 otherwise.
-        part = part >> (plan.factor.bit_length() - 1)
+        if not plan.shifts_late:
+            part = part >> _shift(plan)
         return total + part * by_output("scales", dtype) + by_output("zeros", dtype) * by_row()
     if plan.uses_sums:
         shift = by_output("zeros", plan.acc_dtype) if plan.has_zeros else plan.form.half
@@ -32,3 +34,13 @@ def add_group(plan: Plan, total, part, table: Callable, sums: Callable):
     if plan.has_minima:
         total = total + by_output("minima", dtype) * by_row()
     return total
+
+
+def finish(plan: Plan, total):
+    """The sum of all groups, ready to be stored."""
+    total = total >> _shift(plan) if plan.shifts_late else total
+    return total.astype(plan.out_dtype)
+
+
+def _shift(plan: Plan) -> int:
+    return plan.factor.bit_length() - 1

@@ -112,7 +112,7 @@ def integer_matmul(
     if plan.uses_sums or form.per_channel:
         sums = _group_sums(rows.astype(jnp.int32), plan)
     inner = sums
-    if plan.uses_sums and plan.sum_dtype == jnp.float32:
+    if plan.uses_sums and (plan.sum_dtype == jnp.float32 or plan.shifts_late):
         inner = sums * plan.factor  # beside accumulators that are as much too large
     rows = rows.astype(plan.operand.dtype)
     total = _added(_partial_sums(plan, rows, weight, inner, name, interpret))

@@ -105,7 +105,7 @@ def _body(plan: Plan, names: tuple[str, ...], *refs):
         init_carry=_zeros(plan, plan.sum_dtype),
     )(inputs["x"], *([inputs["codes"]] * tiles))
     where = split, _block(n, _ROWS), _block(m, plan.m_tile)
-    out_gmem[where] = total.astype(plan.out_dtype)
+    out_gmem[where] = folding.finish(plan, total)
 
 
 def _block(number, size: int):

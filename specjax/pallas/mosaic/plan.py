@@ -94,6 +94,18 @@ class Plan:
         return dequantize.INT4_IN_INT8 if narrow else 1
 
     @property
+    def shifts_late(self) -> bool:
+        """Sums of integer groups are divided by `factor` once, at the end: their split fits int32 before."""
+        integers = bool(self.group) and self.sum_dtype == jnp.int32
+        return integers and self.factor * 2**14 * self._inputs_per_split < 2**31
+
+    @property
+    def _inputs_per_split(self) -> int:
+        """Of the largest split."""
+        places = self.form.k_tiles // self.form.split_tiles
+        return -(-places // self.config.splits) * self.form.split_tiles * TILE
+
+    @property
     def uses_sums(self) -> bool:
         """Group sums of the inputs go into the kernel."""
         return bool(self.group) and (self.has_zeros or self.has_minima or not self.form.signed)

@@ -105,7 +105,7 @@ def _body(plan: Plan, names: tuple[str, ...], *refs, ring, out_smem, full, empty
         consume = _consume_groups if plan.group else _consume_whole
         total = consume(plan, ring, full, empty, rows, count)
         out_smem.at[group].T[...] = plgpu.layout_cast(
-            total.astype(plan.out_dtype), _Layout.WGMMA_TRANSPOSED
+            folding.finish(plan, total), _Layout.WGMMA_TRANSPOSED
         )
         plgpu.commit_smem()
         where = (split, pl.ds(m * plan.m_tile, plan.m_tile), pl.ds(n * TILE + group * _ROWS, _ROWS))
