@@ -9,7 +9,7 @@ With --kernels_only: registers, spills, shared memory and instructions of every 
 has no matrix instruction or takes more shared memory than the device has. Without: the whole decoding program of a
 model of that shape; its memory, its launches by layer and step, copies, command buffers, and an executable that a
 machine with that GPU and the same versions of JAX can load (`specjax.aot.executable.load`).
-DIR/report.jsonl has a row per kernel or program, DIR/report.md the table.
+DIR/report.jsonl has a row per kernel or program, DIR/report.md the tables.
 """
 
 import itertools
@@ -68,14 +68,19 @@ def main(values: flags.FlagValues) -> None:
     output.mkdir(parents=True, exist_ok=True)
     rows = _kernels(values, output) if values.kernels_only else _programs(values, output)
     records.append_rows(output / "report.jsonl", rows)
-    table = report.kernel_table if values.kernels_only else report.program_table
-    text = table(rows)
+    text = _report(values, rows)
     (output / "report.md").write_text(text, encoding="utf-8")
     print(text)
     bad = [row for row in rows if row.get("error") or row.get("problems")]
     if bad:
         print(f"error: {len(bad)} of {len(rows)} are not as they should be", file=sys.stderr)
         sys.exit(1)
+
+
+def _report(values: flags.FlagValues, rows: list[dict[str, Any]]) -> str:
+    if values.kernels_only:
+        return f"{report.kernel_summary(rows)}\n{report.kernel_table(rows)}"
+    return report.program_table(rows)
 
 
 def _kernels(values: flags.FlagValues, output: Path) -> list[dict[str, Any]]:

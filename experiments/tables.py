@@ -105,7 +105,11 @@ def acceptance(comparison: Comparison) -> str:
     rows = []
     for run, count in zip(drafting, counts, strict=True):
         total = max(sum(count.values()), 1)
-        shares = [f"{count[length] / total:.1%}" for length in range(1, deepest + 1)]
+        longest = max(count, default=0)
+        shares = [
+            f"{count[length] / total:.1%}" if length <= longest else "-"
+            for length in range(1, deepest + 1)
+        ]
         mean = answers.mean_accepted(run.answered)
         rows.append([*_names(run), str(sum(count.values())), number(mean), *shares])
     lengths = [str(length) for length in range(1, deepest + 1)]

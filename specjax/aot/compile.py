@@ -45,12 +45,12 @@ class Compiler:
 
     Args:
         target: the GPU.
-        output: folder for dumps; Mosaic's are in `mosaic` below it.
+        output: folder for dumps; Mosaic's are in `mosaic` below it, Triton's in `triton`.
     """
 
     def __init__(self, target: Target, output: Path):
         self.target, self.output = target, output
-        self.mosaic_dump = output / "mosaic"
+        self.mosaic_dump, self.triton_dump = output / "mosaic", output / "triton"
         self._mesh = topology.mesh(target)
         self._sharding = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
 
@@ -118,7 +118,8 @@ def in_process(
         target: name in `topology.TARGETS`.
         output: folder for dumps and for `compile.log`.
         arguments: JSON-ready.
-        dump_kernels: Mosaic writes PTX and reports of every kernel to `output`/mosaic (36 MB of logs for each).
+        dump_kernels: Mosaic writes PTX and reports of every kernel to `output`/mosaic (36 MB of logs for each), Triton
+            to `output`/triton.
     Returns:
         what the function returned, which must be JSON-ready.
 
@@ -138,6 +139,7 @@ def in_process(
     if dump_kernels:
         (output / "mosaic").mkdir(exist_ok=True)
         settings["MOSAIC_GPU_DUMP_TO"] = str((output / "mosaic").resolve())
+        settings["JAX_TRITON_DUMP_DIR"] = str((output / "triton").resolve())
     command = ["env", *(f"{name}={value}" for name, value in settings.items())]
     command += [sys.executable, "-m", "specjax.aot.compile", json.dumps(job)]
     with log.open("w") as file:

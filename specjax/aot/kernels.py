@@ -16,7 +16,8 @@ from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas.device import Gpu
 
 MATMULS = ("matmul_w4a16", "matmul_w4a8", "matmul_w8a16", "matmul_w8a8", "matmul_w4a4")
-OPS = (*MATMULS, "tree_attention", "glue")
+TRITON = "matmul_w4a16_triton"
+OPS = (*MATMULS, TRITON, "tree_attention", "glue")
 _MODELS = ("llama3-8b", "llama3-70b", "smollm2-135m")
 
 
@@ -54,6 +55,8 @@ def cases(
         yield from _attention_cases(models, rows, target.arch, dtype)
     elif op == "glue":
         yield from _glue_cases(models, rows, dtype)
+    elif op == TRITON:
+        yield from _triton_cases(models, rows, target, dtype)
     else:
         yield from _matmul_cases(op, models, rows, target, dtype)
 
@@ -94,6 +97,22 @@ def _matmul_cases(op, models, rows, target: Gpu, dtype) -> Iterator[Case]:
                 function=_positional(functools.partial(mosaic.matmul, arch=target.arch, **extra)),
                 arguments={"arguments": tuple(spec.arguments(count, jnp.dtype(dtype)))},
                 weights_per_thread=matmul.weights_per_thread(config),
+            )
+
+
+def _triton_cases(models, rows, target: Gpu, dtype) -> Iterator[Case]:
+    from specjax.pallas.matmul_w4a16 import specs, triton
+
+    for name, spec in specs.SPECS.items():
+        # Zeros and minima are not the kernel's business, nor are rows within a tile: it would be the same kernel.
+        if name.partition("/")[0] not in models or spec.zeros or spec.minima:
+            continue
+        for count in sorted({triton.row_tile(count) for count in rows}):
+            yield Case(
+                op=TRITON,
+                name=f"{name}/{count} rows/{dtype}",
+                function=_positional(functools.partial(triton.matmul, arch=target.arch)),
+                arguments={"arguments": tuple(spec.arguments(count, jnp.dtype(dtype)))},
             )
 
 
@@ -168,7 +187,7 @@ def run(
     found = []
     for op in ops:
         for case in cases(op, models, rows, compiler.target, dtype):
-            if op in MATMULS and not case.name.startswith(only):
+            if op in (*MATMULS, TRITON) and not case.name.startswith(only):
                 continue
             found += measure(compiler, case)
             print(found[-1], flush=True)
@@ -176,8 +195,8 @@ def run(
 
 
 def measure(compiler: Compiler, case: Case) -> list[dict[str, Any]]:
-    """Compiles a case; one row for each distinct Mosaic kernel in it."""
-    folder = compiler.mosaic_dump
+    """Compiles a case; one row for each distinct kernel of ours in it."""
+    folder = compiler.triton_dump if case.op == TRITON else compiler.mosaic_dump
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     row = {"op": case.op, "case": case.name, "target": compiler.target.kind}
@@ -188,12 +207,15 @@ def measure(compiler: Compiler, case: Case) -> list[dict[str, Any]]:
     except Exception as error:  # whatever a compiler raises is the result of this case
         return [row | {"error": " ".join(str(error).split())[:500]}]
     row["seconds"] = round(compiled.seconds, 2)
-    stems = sorted(path.with_suffix("") for path in folder.glob("*.ptx"))
+    stems = sorted(path.with_suffix("") for path in folder.rglob("*.ptx"))
     if not stems:
-        return [row | {"error": "the program has no Mosaic kernel"}]
-    taken = [resources.read(stem, compiler.target.sm) for stem in stems]
+        return [row | {"error": "the program has no kernel of ours"}]
+    read = resources.read_triton if case.op == TRITON else resources.read
+    taken = [read(stem, compiler.target.sm) for stem in stems]
     # One kernel of several has to multiply: attention's second one adds up the parts of the first.
     matrix = case.matrix and not any(_multiplies(each, compiler.target) for each in taken)
+    if case.op == TRITON:  # whose dot of 16 rows is mma.sync on Hopper, too
+        matrix = not any(each.matrix_instructions for each in taken)
     shutil.rmtree(compiled.dump, ignore_errors=True)
     return [row | _figures(compiler.target, case, each, matrix) for each in taken]
 

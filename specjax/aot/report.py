@@ -1,7 +1,10 @@
 """Tables of what was compiled."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_ROWS = re.compile(r"/(\d+) (?:rows|nodes)")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -33,6 +36,34 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     return table(headers, lines)
+
+
+def kernel_summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each weight or cache: the most that any number of rows takes, and instructions per weight by rows."""
+    counts = sorted({_num_rows(row) for row in rows})
+    headers = ["target", "op", "case", "registers", "spills", "shared memory", "matrix", "problems"]
+    headers += [f"per weight, M={count}" for count in counts]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["target"], row["op"], _ROWS.sub("", row["case"])), []).append(row)
+    lines = []
+    for lead, alike in groups.items():
+        done = [row for row in alike if "error" not in row]
+        names = sorted({name for row in done for name in row["matrix"]})
+        share = {_num_rows(row): row["per_weight"]["all"] for row in done if row.get("per_weight")}
+        most = [
+            max((row[key] for row in done), default="-")
+            for key in ("registers", "spill_bytes", "shared_memory")
+        ]
+        problems = sum(bool(row.get("error") or row["problems"]) for row in alike)
+        shares = [f"{share[count]:.2f}" if count in share else "-" for count in counts]
+        lines.append([*lead, *most, ", ".join(names), problems, *shares])
+    return table(headers, lines)
+
+
+def _num_rows(row: dict[str, Any]) -> int:
+    found = _ROWS.search(row["case"])
+    return int(found[1]) if found else 0
 
 
 def program_table(rows: Sequence[dict[str, Any]]) -> str:

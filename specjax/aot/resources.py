@@ -76,17 +76,36 @@ def read(stem: Path, sm: str) -> Resources:
     """Resources of a kernel from the files `stem`.ptx, .ptxas and .resources.txt that Mosaic GPU wrote."""
     report = stem.with_name(stem.name + ".ptxas").read_text()
     declared = stem.with_name(stem.name + ".resources.txt").read_text()
-    listing = disassemble(stem.with_name(stem.name + ".ptx"), sm)
-    instructions = parse(listing)[1]
+    listing, _ = disassemble(stem.with_name(stem.name + ".ptx"), sm)
+    return _resources(
+        stem.name,
+        report,
+        _number(r"smem_scratch_bytes=(\d+)", declared),
+        listing,
+        main_loop(listing),
+    )
+
+
+def read_triton(stem: Path, sm: str) -> Resources:
+    """Resources of a kernel from the files `stem`.ptx and .compile_info that jax-triton wrote.
+
+    The assembler is the `triton` package's throughout. Its unrolled loops are not counted per weight.
+    """
+    listing, report = disassemble(stem.with_name(stem.name + ".ptx"), sm)
+    declared = stem.with_name(stem.name + ".compile_info").read_text()
+    return _resources(stem.name, report, _number(r"shared_mem_bytes: (\d+)", declared), listing, {})
+
+
+def _resources(kernel: str, report: str, shared_memory: int, listing: str, loop) -> Resources:
+    spilled = (_number(rf"(\d+) bytes spill {kind}", report) for kind in ("stores", "loads"))
     return Resources(
-        kernel=stem.name,
+        kernel=kernel,
         registers=_number(r"Used (\d+) registers", report),
-        spill_bytes=_number(r"(\d+) bytes spill stores", report)
-        + _number(r"(\d+) bytes spill loads", report),
+        spill_bytes=sum(spilled),
         stack_bytes=_number(r"(\d+) bytes stack frame", report),
-        shared_memory=_number(r"smem_scratch_bytes=(\d+)", declared),
-        instructions=dict(Counter(name for name, _ in instructions)),
-        loop=dict(main_loop(listing)),
+        shared_memory=shared_memory,
+        instructions=dict(Counter(name for name, _ in parse(listing)[1])),
+        loop=dict(loop),
     )
 
 
@@ -97,21 +116,21 @@ def _number(pattern: str, text: str) -> int:
     return max(found)
 
 
-def disassemble(ptx: Path, sm: str) -> str:
-    """SASS of a PTX file; empty where the `triton` package, which has the tools, is not installed."""
+def disassemble(ptx: Path, sm: str) -> tuple[str, str]:
+    """SASS of a PTX file and the assembler's report; both empty without the `triton` package, which has the tools."""
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:
-        return ""
+        return "", ""
     tools = Path(found.origin).parent / "backends" / "nvidia" / "bin"
     cubin = ptx.with_suffix(".cubin")
-    assemble = [tools / "ptxas-blackwell", f"-arch={sm}", "-O3", ptx, "-o", cubin]
-    subprocess.run(assemble, check=True, capture_output=True)
+    assemble = [tools / "ptxas-blackwell", f"-arch={sm}", "-O3", "-v", ptx, "-o", cubin]
+    report = subprocess.run(assemble, check=True, capture_output=True, text=True).stderr
     listing = subprocess.run(
         [tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
     ).stdout
     cubin.unlink()
     ptx.with_suffix(".sass").write_text(listing)
-    return listing
+    return listing, report
 
 
 def parse(listing: str) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -52,7 +52,7 @@ def test_instructions_per_weight():
 
 
 def test_reports_are_read_and_judged(tmp_path, monkeypatch):
-    monkeypatch.setattr(resources, "disassemble", lambda ptx, sm: SASS)
+    monkeypatch.setattr(resources, "disassemble", lambda ptx, sm: (SASS, ""))
     target = topology.lookup("h200")
     kernel(tmp_path)
     taken = resources.read(tmp_path / "k_0", target.sm)
@@ -65,6 +65,14 @@ def test_reports_are_read_and_judged(tmp_path, monkeypatch):
     (other,) = kernels.problems(taken, topology.lookup("a100"))[2:]
     assert "no matrix instruction" in other
     assert len(kernels.problems(taken, topology.lookup("a100"), matrix=False)) == 2
+
+
+def test_resources_of_a_triton_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "disassemble", lambda ptx, sm: (SASS, PTXAS.format(spill=4)))
+    (tmp_path / "k.compile_info").write_text("k: shared_mem_bytes: 8192\n")
+    taken = resources.read_triton(tmp_path / "k", "sm_90a")
+    assert (taken.registers, taken.spill_bytes, taken.shared_memory) == (168, 12, 8192)
+    assert taken.matrix_instructions == {"HGMMA": 1}
 
 
 def test_a_report_without_registers_is_refused(tmp_path):
@@ -83,3 +91,19 @@ def test_tables(tmp_path):
     assert "| T | o | c | 168 | 0 | 10 of 20 | 2 HGMMA | 1.62 / 0.70 | none |" in text
     assert "does / not compile" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_a_summary_has_a_line_per_weight():
+    def row(case, share, **more):
+        base = dict(target="T", op="o", case=case, registers=100, spill_bytes=0, problems=[])
+        share = share and {"all": share}
+        return base | dict(shared_memory=10, matrix={"HGMMA": 2}, per_weight=share) | more
+
+    rows = [row("m/o/1 rows/f16", 1.5), row("m/o/64 rows/f16", 2.25, registers=168)]
+    rows.append(row("m/o/g64/64 rows/f16", None, problems=["spills"]))
+    rows.append(dict(target="T", op="o", case="m/qkv/1 rows/f16", error="does not compile"))
+    text = report.kernel_summary(rows)
+    assert "per weight, M=1 | per weight, M=64 |" in text.splitlines()[0]
+    assert "| T | o | m/o/f16 | 168 | 0 | 10 | HGMMA | 0 | 1.50 | 2.25 |" in text
+    assert "| T | o | m/o/g64/f16 | 100 | 0 | 10 | HGMMA | 1 | - | - |" in text
+    assert "| T | o | m/qkv/f16 | - | - | - |  | 1 | - | - |" in text

@@ -42,7 +42,7 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """x W^T + bias in the dtype of x (float16 or bfloat16), sums in float32."""
     form = weight.form
-    block = next((tile for tile in _ROW_TILES if tile >= len(x)), _ROW_TILES[-1])
+    block = row_tile(len(x))
     rows = -(-len(x) // block) * block
     padded = jnp.pad(x, ((0, rows - len(x)), (0, form.k_tiles * TILE - x.shape[1])))
     parts = _partial_sums(padded, weight, block, arch)
@@ -56,6 +56,11 @@ def matmul(
         total = total + jnp.einsum("mq,nq->mn", sums, shifts, precision=highest)
     total = total[: len(x), : form.out_features]
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def row_tile(rows: int) -> int:
+    """Rows per block: all of them up to 64, padded to what Triton's dot takes."""
+    return next((tile for tile in _ROW_TILES if tile >= rows), _ROW_TILES[-1])
 
 
 def _partial_sums(x, weight: PackedWeight, block: int, arch) -> Float[Array, "P M N"]:
