@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
+from specjax import filters
 from specjax.errors import ConfigError
 
 _CHUNK = 512
@@ -27,7 +28,7 @@ class Sampling:
         top_k: scalar, number of tokens kept; the vocabulary size or more keeps all.
         top_p: scalar in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept.
         greedy: static; take the most likely token.
-        filtered: static; whether top_k or top_p does anything (skips a sort of the vocabulary otherwise).
+        filtered: static; whether top_k or top_p does anything (skips looking for what they keep otherwise).
         with_q: static; language models that draft greedily tell their distributions all the same.
     """
 
@@ -73,18 +74,8 @@ def probabilities(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Ar
     scaled = logits.astype(jnp.float32) / sampling.temperature
     if not sampling.filtered:
         return jax.nn.softmax(scaled, axis=-1)
-    ordered = -jnp.sort(-scaled, axis=-1)
-    size = scaled.shape[-1]
-    kth = jnp.clip(sampling.top_k, 1, size) - 1
-    kth_best = jnp.take(ordered, kth, axis=-1)[..., None]
-    ordered = jnp.where(ordered >= kth_best, ordered, -jnp.inf)
-    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-    before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1)
-    # Rounding may leave the total mass short of 1, so top_p = 1 must keep everything by itself.
-    inside = (before < sampling.top_p) | (sampling.top_p >= 1)
-    lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-    kept = scaled >= jnp.maximum(lowest, kth_best)
-    return jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+    inside = filters.kept(scaled, sampling.top_k, sampling.top_p)
+    return jax.nn.softmax(jnp.where(inside, scaled, -jnp.inf), axis=-1)
 
 
 def draw(keys: UInt32[Array, "B 2"], probs: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from specjax import filters
 from specjax import sampling as sample
 from specjax.errors import ConfigError
 from tests import distributions, strategies
@@ -43,6 +44,29 @@ def test_probabilities_work_on_any_leading_shape():
     found = probabilities(logits, settings)
     for index in np.ndindex(2, 3):
         assert np.allclose(found[index], probabilities(logits[index], settings), atol=1e-7)
+
+
+@SETTINGS
+@hypothesis.given(
+    hnp.arrays(
+        np.float32, 40, elements=st.floats(-float(2**99), 2.0**99, width=32, allow_subnormal=False)
+    ),
+    st.integers(1, 40),
+)
+def test_top_k_keeps_what_ties_with_the_kth_best(values, top_k):
+    found = filters.kept(jnp.asarray(values), jnp.int32(top_k), jnp.float32(1))
+    assert np.array_equal(found, values >= np.sort(values)[-top_k])
+
+
+def test_filters_of_extreme_values():
+    values = jnp.asarray([-0.0, 0.0, -jnp.inf, -1e-30, 3e38, -3e38], jnp.float32)
+    kept = [filters.kept(values, jnp.int32(k), jnp.float32(1)) for k in (1, 2, 4, 6)]
+    assert [int(mask.sum()) for mask in kept] == [1, 3, 4, 6]
+    assert kept[1][:2].all(), "both zeros tie"
+    # Mass that rounding leaves short of top_p keeps everything; the most likely token is always kept.
+    short = jnp.log(jnp.full(30, 1 / 30, jnp.float32) * (1 - 1e-6))
+    assert filters.kept(short, jnp.int32(99), jnp.float32(1 - 6e-8)).all()
+    assert filters.kept(values[:3], jnp.int32(99), jnp.float32(1e-30)).sum() == 2
 
 
 def test_values_are_traced_so_that_changing_them_compiles_nothing():
