@@ -169,12 +169,34 @@ def read(inputs: Sequence[Path], baseline: str | None = None) -> Results:
                 kinds[row["record"]].append(row)
     names = naming.short_names([rows[0]["config"]["drafter"] for rows in found.values()])
     results.runs = [_run(*each) for each in zip(found.values(), names, strict=True)]
+    results.step_times = _newest(_named(results.step_times))
+    results.verify_times = _newest(results.verify_times)
     if not results.runs and not any(kinds.values()):
         raise ConfigError(f"--inputs={','.join(map(str, inputs))}: no results to report")
     if baseline is not None and baseline not in {run.name for run in results.runs}:
         names = ", ".join(sorted({run.name for run in results.runs}))
         raise ConfigError(f"--baseline={baseline!r}: there is no such run; there are: {names}")
     return results
+
+
+def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of steps, labelled with the shortest names that tell their drafters apart."""
+    configs = [row["config"] for row in rows]
+    names = naming.short_names([config["drafter"] for config in configs])
+    return [
+        row | {"label": f"{config['weights']}, {name}"}
+        for row, config, name in zip(rows, configs, names, strict=True)
+    ]
+
+
+def _newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows that measured the same the last, in the order in which they occurred first."""
+
+    def measured(row):
+        config = row.get("config", {})
+        return row["label"], *(config.get(name) for name in ("model", "dtype", "batch_size"))
+
+    return list({measured(row): row for row in rows}.values())
 
 
 def _files(inputs: Sequence[Path]) -> list[Path]:

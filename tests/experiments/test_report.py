@@ -124,11 +124,15 @@ def test_a_report_with_figures(run, write, plain, drafted, tmp_path):
                 "record": "verify_times",
                 "label": "dense",
                 "num_nodes": [1, 8],
-                "verify_ms": [2.0, 3.0],
-            },
+                "verify_ms": verify_ms,
+            }
+            for verify_ms in ([2.0, 8.0], [2.0, 3.0])
+        ]
+        + [
             {
                 "record": "step_times",
-                "label": "dense, ngram",
+                "label": "dense, ngram(draft_depth=3)",
+                "config": {"weights": "dense", "drafter": {"kind": "ngram", "draft_depth": 3}},
                 "num_nodes": 8,
                 "propose_ms": 1.0,
                 "verify_ms": 3.0,
@@ -158,6 +162,9 @@ def test_a_report_with_figures(run, write, plain, drafted, tmp_path):
     )
     assert "| dense | ngram | 2.00 | 1.00 | 1.25 |" in lines
     assert "| dense | ngram | 6 | 2.17 | 16.7% | 50.0% | 33.3% |" in lines
+    assert "| dense, ngram | 8 | 1.00 | 3.00 | 0.50 | 4.50 |" in lines
+    assert "| dense | 2.00 | 1.00 | 1.50 |" in lines, "the newest of two measurements"
+    assert "| dense | 2.00 | 1.00 | 4.00 |" not in lines
     assert "| dense | 2.00 | 1.00 | 1.50 |" in lines
     assert "Speed-ups refer to dense, drafter none (`0-none`)." in text
 
