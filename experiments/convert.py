@@ -96,7 +96,7 @@ def main(values: flags.FlagValues) -> None:
     print(f"reloaded: relative RMS error of the logits {result.reload_error:.2e}")
     print(
         f"against the source: relative RMS error {result.source_error:.4f}, "
-        f"same most likely token at {100 * result.agreement:.1f} % of positions"
+        f"same most likely token at {100 * result.agreement:.1f} % of positions ({result.probe})"
     )
 
 

@@ -20,7 +20,7 @@ from specjax import checkpoints, selfcheck, tokenizer
 from specjax.checkpoints import base, export, hub, manifest, writer
 from specjax.config import DTYPES, ModelConfig
 from specjax.depth import build as routing
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, SpecjaxError
 from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.quant import calibration, heads, layerwise, quantize, recipe, rotate, rtn
@@ -53,6 +53,8 @@ class Conversion:
             the model in memory, relative to their RMS.
         source_error: the same between the written model and its source.
         agreement: share of positions where both have the same most likely token.
+        probe: what these errors are measured on: "calibration text", "English text" or "random tokens" (without a
+            tokenizer).
     """
 
     output: Path
@@ -64,6 +66,7 @@ class Conversion:
     reload_error: float
     source_error: float
     agreement: float
+    probe: str
 
 
 def convert(
@@ -148,12 +151,12 @@ def convert(
     checkpoint = checkpoints.open_checkpoint(path)
     if chosen is not None:
         _check_recipe(chosen, checkpoint.config, format)
-    text = tokenizer.load(path, checkpoint) if calibration_file or not path.is_dir() else None
+    text = _tokenizer(path, checkpoint, needed=calibration_file is not None)
     windows = None
     if chosen is not None and chosen.needs_calibration:
         windows = _windows(calibration_file, text, calibration_samples, calibration_tokens, seed)
     module, stored = _load(path, checkpoint, chosen is not None or rotate or rotation is not None)
-    probe = selfcheck.probe_tokens(windows, checkpoint.config, seed)
+    kind, probe = selfcheck.probe_tokens(windows, text, checkpoint.config, seed)
     source_logits = selfcheck.logits(module, probe)
     if rotate or rotation is not None:
         module, stored = _rotate(module, stored, chosen, rotation, seed)
@@ -185,6 +188,7 @@ def convert(
         rotation=None if stored is None else stored.id,
         num_bytes=sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
         seconds=time.monotonic() - started,
+        probe=kind,
         **errors,
     )
 
@@ -241,6 +245,17 @@ def _check_recipe(chosen: Recipe, config: ModelConfig, format: str) -> None:
     for name, shape in shapes.items():
         linear = rtn.quantize(jnp.zeros(shape, jnp.float32), chosen.scheme, chosen.group_size)
         export.PACKERS[format].check(linear, f"model.layers.0.{name}")
+
+
+def _tokenizer(path: Path, checkpoint: base.Checkpoint, needed: bool):
+    """The source's tokenizer; where it is only wanted for a comparison, one that cannot be read is no error."""
+    try:
+        return tokenizer.load(path, checkpoint)
+    except SpecjaxError as error:
+        if needed or not path.is_dir():
+            raise
+        _log.warning("%s; the result is compared on random tokens", error)
+        return None
 
 
 def _windows(

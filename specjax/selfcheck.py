@@ -19,19 +19,29 @@ from specjax.models.llama import Llama
 from specjax.quant import rotate
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.rotation import RotatedInput
+from specjax.tokenizer import Tokenizer
 
 _CHECK_TOKENS = 64
+# Logits after random tokens are flat, and far more sensitive than those that a model is used for.
+_TEXT = """Water boils at a lower temperature on a mountain than at the sea, because less air presses on it. Whoever
+cooks rice in a hut at three thousand metres has to wait longer, and a lid with a weight on it helps: under pressure the
+water becomes hotter before it boils. The first to notice were travellers who measured heights with a kettle and a
+thermometer. For each three hundred metres that they climbed, the water boiled about one degree earlier."""
 # By whether activations are rounded: logits may then differ where a rounding falls on a tie.
 TOLERANCE = {True: 2e-2, False: 1e-4}
 
 
 def probe_tokens(
-    windows: Int[np.ndarray, "S T"] | None, config: ModelConfig, seed: int
-) -> Int[np.ndarray, "1 t"]:
-    """Tokens to compare on: from calibration windows, or at random."""
+    windows: Int[np.ndarray, "S T"] | None, text: Tokenizer | None, config: ModelConfig, seed: int
+) -> tuple[str, Int[np.ndarray, "1 t"]]:
+    """Tokens to compare on, and what they are: of calibration windows, of a text, or without a tokenizer at random."""
     if windows is not None:
-        return windows[:1, :_CHECK_TOKENS]
-    return np.random.default_rng(seed).integers(0, config.vocab_size, (1, _CHECK_TOKENS), np.int32)
+        return "calibration text", windows[:1, :_CHECK_TOKENS]
+    ids = [] if text is None else text.encode(_TEXT)[:_CHECK_TOKENS]
+    if ids and max(ids) < config.vocab_size:
+        return "English text", np.asarray([ids], np.int32)
+    rng = np.random.default_rng(seed)
+    return "random tokens", rng.integers(0, config.vocab_size, (1, _CHECK_TOKENS), np.int32)
 
 
 def logits(module: Llama, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:

@@ -2,7 +2,9 @@
 work.
 """
 
+import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from experiments import common
 from experiments import convert as binary
-from specjax import checkpoints, conversion, selfcheck
+from specjax import checkpoints, conversion, selfcheck, tokenizer
 from specjax.checkpoints import manifest
 from specjax.errors import CheckpointError, ConfigError
 from specjax.models import llama
@@ -191,3 +193,23 @@ def test_a_wrong_copy_is_noticed_and_deleted(tmp_path, monkeypatch):
             group_size=64,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_conversion_is_compared_on(tmp_path, caplog):
+    config = checkpoints.open_checkpoint(paths.fixture("tiny-fp16")).config
+    reader = tokenizer.load(paths.fixture("tiny-fp16"))
+    windows = np.arange(200, dtype=np.int32).reshape(2, 100)
+    kind, tokens = selfcheck.probe_tokens(windows, reader, config, 0)
+    assert kind == "calibration text" and tokens.tolist() == [list(range(64))]
+    kind, tokens = selfcheck.probe_tokens(None, reader, config, 0)
+    assert kind == "English text" and tokens.shape == (1, 64)
+    assert reader.decode(tokens[0].tolist()).startswith("Water boils")
+    small = dataclasses.replace(config, vocab_size=int(tokens.max()))
+    for given in ((None, reader, small), (None, None, config)):
+        kind, tokens = selfcheck.probe_tokens(*given, 0)
+        assert kind == "random tokens" and tokens.max() < given[2].vocab_size
+    source = tmp_path / "source"
+    shutil.copytree(paths.fixture("tiny-fp16"), source)
+    (source / "tokenizer.json").write_text("{")
+    result = conversion.convert(source, tmp_path / "out", format="dense")
+    assert result.probe == "random tokens" and "compared on random tokens" in caplog.text
