@@ -2,9 +2,6 @@
 
 import gc
 import itertools
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import jax
@@ -17,24 +14,6 @@ jaxtyping.install_import_hook("specjax", "tests.typecheck.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
-
-
-# Executables that the processes of one run share: many tests compile the same programs of the same small models.
-_EXECUTABLES = "SPECJAX_TEST_EXECUTABLES"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """The process that starts the others makes the folder, whose name they inherit."""
-    if not hasattr(config, "workerinput"):
-        os.environ[_EXECUTABLES] = tempfile.mkdtemp(prefix="specjax-tests-")
-    jax.config.update("jax_compilation_cache_dir", os.environ[_EXECUTABLES])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes the folder with the run."""
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(_EXECUTABLES), ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -62,7 +62,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "gptq asym" else c for c in CASES]
+)
 def test_quantizes_writes_and_reads_back(case, tmp_path, text, capsys):
     arguments, scheme = CASES[case]
     output = tmp_path / "out"

@@ -255,6 +255,7 @@ def test_the_target_never_sees_what_lies_beyond_its_text():
     assert (clean == dirty).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurried")
 def test_inner_rounds_are_counted_while_a_request_runs():
     prompts = tiny.prompts()[:2]

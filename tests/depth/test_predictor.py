@@ -99,6 +99,7 @@ def test_accepted_nodes_by_hand():
     np.testing.assert_array_equal(found, [[True, True, False, True, False, False, False]])
 
 
+@pytest.mark.slow
 def test_nodes_of_real_decoding():
     """Accepted nodes are the tokens that decoding adds, and features the input of the layer."""
     base, adapter = trained()

@@ -211,6 +211,7 @@ def test_prune_goes_on_with_the_survivors_only():
             assert not used[:length].any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurry")
 def test_rows_that_fill_up_a_tile_change_nothing(monkeypatch):
     """GPUs take eight rows at once; the rows behind the nodes neither vote nor survive."""
