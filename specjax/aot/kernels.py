@@ -213,9 +213,7 @@ def measure(compiler: Compiler, case: Case) -> list[dict[str, Any]]:
     read = resources.read_triton if case.op == TRITON else resources.read
     taken = [read(stem, compiler.target.sm) for stem in stems]
     # One kernel of several has to multiply: attention's second one adds up the parts of the first.
-    matrix = case.matrix and not any(_multiplies(each, compiler.target) for each in taken)
-    if case.op == TRITON:  # whose dot of 16 rows is mma.sync on Hopper, too
-        matrix = not any(each.matrix_instructions for each in taken)
+    matrix = case.matrix and not any(_multiplies(each, compiler.target, case.op) for each in taken)
     shutil.rmtree(compiled.dump, ignore_errors=True)
     return [row | _figures(compiler.target, case, each, matrix) for each in taken]
 
@@ -245,8 +243,10 @@ def problems(taken: resources.Resources, target: Gpu, matrix: bool = True) -> li
     return found
 
 
-def _multiplies(taken: resources.Resources, target: Gpu) -> bool:
-    return any(name in taken.instructions for name in _matrix_instructions(target))
+def _multiplies(taken: resources.Resources, target: Gpu, op: str = "") -> bool:
+    # Triton's dot of 16 rows is mma.sync on Hopper, too.
+    wanted = resources.MMA if op == TRITON else _matrix_instructions(target)
+    return any(name in taken.instructions for name in wanted)
 
 
 def _matrix_instructions(target: Gpu) -> tuple[str, ...]:

@@ -151,18 +151,9 @@ def folded(linear: QuantizedLinear) -> QuantizedLinear:
             "scales of two levels cannot be folded: their product is beyond float16 (65504); load the model with "
             'dequantize="never"'
         )
-    return QuantizedLinear(
-        codes=linear.codes,
-        scales=scales,
-        perm=linear.perm,
-        bias=linear.bias,
-        scheme=Scheme(
-            weights=dataclasses.replace(linear.scheme.weights, levels="single"),
-            activations=linear.scheme.activations,
-        ),
-        group_size=linear.group_size,
-        backend=linear.backend,
-    )
+    coded = dataclasses.replace(linear.scheme.weights, levels="single")
+    scheme = dataclasses.replace(linear.scheme, weights=coded)
+    return dataclasses.replace(linear, scales=scales, channel_scales=None, scheme=scheme)
 
 
 def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinear | None:
