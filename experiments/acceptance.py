@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, naming, records, tables
+from experiments.shared import common, naming, records, tables
 from specjax.errors import ConfigError
 
 _NEEDED = {"id", "output_ids", "acceptance_histogram", "config"}

@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import common, records
+from experiments.shared import common, records
 from specjax.aot import compile as aot
 from specjax.aot import kernels, report, shapes, topology
 from specjax.errors import ConfigError

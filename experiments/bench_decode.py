@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments import (
+from experiments.shared import (
     common,
     contest,
     environment,

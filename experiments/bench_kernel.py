@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import common, contest, environment, records
-from experiments import kernel_timing as timing
+from experiments.shared import common, contest, environment, records
+from experiments.shared import kernel_timing as timing
 from specjax.aot import kernels
 from specjax.errors import ConfigError
 from specjax.pallas import device, tuned

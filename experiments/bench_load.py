@@ -24,8 +24,8 @@ from absl import flags
 from safetensors.numpy import save_file
 
 import specjax
-from experiments import common, environment
-from specjax import prepare
+from experiments.shared import common, environment
+from specjax.models import prepare
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, GROUP = 4096, 14336, 32, 8, 1024, 128
 

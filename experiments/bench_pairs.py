@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments import common, contest, environment, records, tables, traces
+from experiments.shared import common, contest, environment, records, tables, traces
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
 

@@ -14,12 +14,12 @@ flags.
 
 from absl import flags
 
-from experiments import common
+from experiments.shared import common
 from specjax import conversion
 from specjax.checkpoints import export
 from specjax.config import DTYPES
-from specjax.quant import recipe
 from specjax.quant.scheme import SCHEMES
+from specjax.quantize import recipe
 
 _MODEL_FLAGS = (
     *("format", "scheme", "method", "group_size", "symmetric", "act_order", "damping", "clip"),

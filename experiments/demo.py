@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments import common, records
+from experiments.shared import common, records
 
 _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
 # A tree for processors, which are compute-bound from a few nodes on.

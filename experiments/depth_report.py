@@ -20,9 +20,10 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, records, tables
-from specjax import prepare, scoring
+from experiments.shared import common, environment, records, tables
+from specjax import scoring
 from specjax.errors import ConfigError
+from specjax.models import prepare
 
 _PLAIN, _PERPLEXITY = "token by token", "perplexity"
 _SELECTIONS = ("off", "vote", "prune")

@@ -25,10 +25,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import (
+from experiments import benchmarks
+from experiments.benchmarks import Benchmark, Question
+from experiments.shared import (
     answering,
     answers,
-    benchmarks,
     common,
     environment,
     methods,
@@ -36,7 +37,6 @@ from experiments import (
     preset,
     records,
 )
-from experiments.benchmarks import Benchmark, Question
 from specjax.errors import ConfigError
 
 _FINGERPRINT = (

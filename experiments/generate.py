@@ -25,7 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments import common, environment, records
+from experiments.shared import common, environment, records
 from specjax.errors import ConfigError
 
 _FINGERPRINT = (

@@ -16,7 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import benchmarks, common, records
+from experiments import benchmarks
+from experiments.shared import common, records
 from specjax.errors import ConfigError
 
 _DEFAULT = ["mt_bench", "spec_bench", "gsm8k", "human_eval"]

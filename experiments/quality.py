@@ -20,14 +20,16 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import common, environment, records
-from specjax import checkpoints, generate, scoring, tokenizer
-from specjax.checkpoints import hub
+from experiments.shared import common, environment, records
+from specjax import checkpoints, language_model, scoring
 from specjax.errors import ConfigError
+from specjax.files import hub
 from specjax.models import llama
 from specjax.models.llama import Llama
-from specjax.prepare import prepare
-from specjax.quant import calibration, layerwise, quantize, recipe, rotate, rotation, view
+from specjax.models.prepare import prepare
+from specjax.quant import rotation, view
+from specjax.quantize import calibration, layerwise, quantize, recipe, rotate
+from specjax.text import tokenizer
 
 _CONFIG = ("model", "text_file", "window", "eval_tokens", "calibration_samples", "seed")
 
@@ -39,7 +41,7 @@ class Row:
     Attributes:
         scheme: codes that are made; None is the dense source.
         group_size: -1 is per channel.
-        method: see `specjax.quant.recipe.make`.
+        method: see `specjax.quantize.recipe.make`.
         rotate: QuaRot first.
         view: other activations over the same codes, or None.
     """
@@ -177,7 +179,7 @@ class _Source:
         """Perplexity and times of one row."""
         codes, seconds = self._codes(dataclasses.replace(row, view=None))
         module = codes if row.view is None else view.with_scheme(codes, row.view)
-        model = generate.LanguageModel(
+        model = language_model.LanguageModel(
             name=row.id, config=module.config, module=prepare(module), tokenizer=self._text
         )
         started = time.monotonic()

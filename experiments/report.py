@@ -15,8 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import common, figures, records, runs, tables
-from experiments.runs import Results
+from experiments.shared import common, figures, records, runs, tables
+from experiments.shared.runs import Results
 from specjax.errors import ConfigError
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from experiments import answers, benchmarks, common, records
+from experiments import benchmarks
+from experiments.shared import answers, common, records
 from specjax.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from absl import flags
 
-from experiments import common, environment, records
+from experiments.shared import common, environment, records
 from specjax import scoring
 from specjax.errors import CheckpointError, ConfigError
 

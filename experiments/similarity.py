@@ -21,11 +21,12 @@ from absl import flags
 from jax import lax
 from tqdm import tqdm
 
-from experiments import benchmarks, common, environment, evaluate, preset, records
-from specjax import cache as kv
-from specjax import engine
-from specjax import sampling as sample
+from experiments import benchmarks, evaluate
+from experiments.shared import common, environment, preset, records
+from specjax.decoding import sampling as sample
+from specjax.engine import engine
 from specjax.errors import ConfigError
+from specjax.models import cache as kv
 from specjax.models import layers
 
 _BINS = 20

@@ -22,11 +22,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common, environment, evaluate, naming, preset, records
-from specjax import decode, engine, sampling, target, verify
+from experiments import evaluate
+from experiments.shared import common, environment, naming, preset, records
+from specjax import verify
+from specjax.decoding import sampling, target
+from specjax.decoding.tree import Tree
 from specjax.drafters.base import Chunk
+from specjax.engine import decode, engine
 from specjax.errors import ConfigError
-from specjax.tree import Tree
 
 PARTS = ("propose", "verify", "step")
 _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"

@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments import common, records
-from specjax import checkpoints, draft_vocabulary, tokenizer
-from specjax.checkpoints import hub
+from experiments.shared import common, records
+from specjax import checkpoints
+from specjax.drafters import draft_vocabulary
 from specjax.errors import ConfigError
-from specjax.quant import calibration
+from specjax.files import hub
+from specjax.quantize import calibration
+from specjax.text import tokenizer
 
 _SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 

@@ -21,15 +21,17 @@ import jax.numpy as jnp
 from absl import flags
 
 import specjax
-from experiments import common, own_text, training_runs
-from specjax import checkpoints, config, conversion, tokenizer
-from specjax.checkpoints import export, hub, writer
-from specjax.depth import adapter as adapters
-from specjax.depth.config import DepthConfig
+from experiments.shared import common, own_text, training_runs
+from specjax import checkpoints, config, conversion
+from specjax.checkpoints import export
+from specjax.config.depth import DepthConfig
 from specjax.errors import ConfigError
+from specjax.files import hub, writer
 from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.quant import rotation
+from specjax.text import tokenizer
+from specjax.training.depth import adapter as adapters
 
 _ROUTERS = ("target_rate", "router_bits", "router_width", "start_layer", "reserved_tokens")
 # Flags that belong to the recipe: a work folder made with other values is refused.
@@ -127,7 +129,7 @@ class _Run:
 
     def _evaluate_dense(self) -> dict[str, float]:
         """Held-out perplexity of the base with all its layers."""
-        from specjax.depth import training
+        from specjax.training.depth import training
 
         total = None
         for width, rows in self._plans[1]:
@@ -137,7 +139,7 @@ class _Run:
 
     def train(self) -> None:
         """Trains, evaluates and exports."""
-        from specjax.depth import training
+        from specjax.training.depth import training
 
         values, target = self._values, self._base.module
         key = jax.random.key(values.seed)

@@ -22,8 +22,8 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments import common, own_text, training_runs
-from specjax import draft_vocabulary
+from experiments.shared import common, own_text, training_runs
+from specjax.drafters import draft_vocabulary
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)

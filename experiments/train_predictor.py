@@ -17,11 +17,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common, environment, records, training_runs
-from specjax import engine
-from specjax import target as passes
-from specjax.depth import nodes, predictor, regression
+from experiments.shared import common, environment, records, training_runs
+from specjax.decoding import target as passes
+from specjax.depth import predictor
+from specjax.engine import engine
 from specjax.errors import ConfigError
+from specjax.training.depth import nodes, regression
 
 _RECIPE = (
     *("model", "depth", "drafter", *common.DRAFTER_FLAGS, "prompts_file", "layer"),

@@ -4,8 +4,8 @@
     python -m experiments.generate --model=smollm2-135m --tuned=tuned.json --prompt=...
 
 Measures the target's pass over 1, 2, 4, ... rows, the time to draft trees of these sizes, and, by decoding the prompts
-with each size, how many drafted tokens are accepted. From these the cost model of `specjax.tuning` chooses the number
-of nodes and the depth, or no drafting at all. Works for drafters with `num_nodes` (EAGLE) and for chains.
+with each size, how many drafted tokens are accepted. From these the cost model of `specjax.drafters.tuning` chooses
+the number of nodes and the depth, or no drafting at all. Works for drafters with `num_nodes` (EAGLE) and for chains.
 """
 
 import json
@@ -16,9 +16,9 @@ from absl import flags
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import common, contest, environment, records, step_times
-from specjax import tuning
-from specjax.drafters import registry
+from experiments import step_times
+from experiments.shared import common, contest, environment, records
+from specjax.drafters import registry, tuning
 from specjax.errors import ConfigError
 
 _PROMPTS = Path(__file__).resolve().parent / "presets" / "demo.jsonl"

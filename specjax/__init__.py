@@ -1,10 +1,9 @@
 """specjax: quantized Llama models that decode speculatively, losslessly, in JAX."""
 
 from specjax.conversion import Conversion, convert, convert_head
+from specjax.engine.metrics import Metrics
 from specjax.errors import CapacityError, CheckpointError, ConfigError, SpecjaxError
-from specjax.generate import GenerationResult, LanguageModel, Options, StreamEvent
-from specjax.loading import load
-from specjax.metrics import Metrics
+from specjax.language_model import GenerationResult, LanguageModel, Options, StreamEvent, load
 from specjax.scoring import Perplexity, perplexity
 from specjax.scoring import logits as score
 

@@ -16,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from specjax import checkpoints, selfcheck, tokenizer
-from specjax.checkpoints import base, export, hub, manifest, writer
+from specjax import checkpoints
+from specjax.checkpoints import base, export
 from specjax.config import DTYPES, ModelConfig
 from specjax.depth import build as routing
 from specjax.errors import ConfigError, SpecjaxError
+from specjax.files import hub, manifest, writer
 from specjax.models import llama
 from specjax.models.llama import Llama
-from specjax.quant import calibration, heads, layerwise, quantize, recipe, rotate, rtn
 from specjax.quant import rotation as rotations
-from specjax.quant.recipe import Recipe
 from specjax.quant.rotation import Rotation
-from specjax.quant.workdir import WorkDir
+from specjax.quantize import calibration, heads, layerwise, quantize, recipe, rotate, rtn, selfcheck
+from specjax.quantize.recipe import Recipe
+from specjax.quantize.workdir import WorkDir
+from specjax.text import tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -106,12 +108,12 @@ def convert(
         scheme: what to quantize to; see `specjax.quant.scheme.SCHEMES`.
         method: "rtn", "gptq", "smoothquant", "qqq" or "qoq"; None is gptq with a calibration file, else
             rtn.
-        group_size, symmetric, act_order, damping, clip: see `specjax.quant.recipe.make`.
+        group_size, symmetric, act_order, damping, clip: see `specjax.quantize.recipe.make`.
         smooth_strength: migration strength of smoothquant, qqq and qoq.
         rotate: rotate the model first (QuaRot); for 4-bit activations with run-time products
             (format "specjax" only).
         rotation: rotation file to use in place of a new random one.
-        calibration_file: .txt, .json or .jsonl; see `specjax.quant.calibration.read_documents`.
+        calibration_file: .txt, .json or .jsonl; see `specjax.quantize.calibration.read_documents`.
         calibration_samples, calibration_tokens: windows, and tokens of each.
         seed: of the rotation and of the choice of calibration text.
         dtype: of embeddings, norms and dense linears; None is what the source states.
@@ -202,7 +204,7 @@ def convert_head(
     overwrite: bool = False,
 ) -> Path:
     """Writes an EAGLE head for the rotated form of its target; see
-    `specjax.quant.heads.rotate_head`.
+    `specjax.quantize.heads.rotate_head`.
 
     Args:
         head: folder of the plain head.

@@ -1,46 +1,34 @@
-"""`specjax.load`: from a path or name to a model that is ready to run."""
+"""From a path or name to a network in its run-time form, with its configuration and tokenizer."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from specjax import checkpoints, generate
-from specjax.checkpoints import hub
-from specjax.config import DTYPES
+from specjax import checkpoints
+from specjax.config import DTYPES, ModelConfig
 from specjax.depth import build as routing
 from specjax.depth.build import Depth
 from specjax.errors import ConfigError
+from specjax.files import hub
 from specjax.models import llama
 from specjax.models.llama import Llama
-from specjax.prepare import Dequantize, Preparation
-from specjax.quant import quantize as quantizing
-from specjax.quant import recipe as recipes
-from specjax.quant import rotate, view
+from specjax.models.prepare import Dequantize, Preparation
+from specjax.quant import view
+from specjax.quantize import quantize as quantizing
+from specjax.quantize import recipe as recipes
+from specjax.quantize import rotate
+from specjax.text import tokenizer
 
 
-def load(
-    path_or_name: str | Path,
-    *,
-    dtype: str | None = None,
-    scheme: str | None = None,
-    quantize: str | None = None,
-    backend: str = "auto",
-    dequantize: Dequantize = "auto",
-    chat_template: str | None = None,
-    qserve_layernorm: bool = False,
-    depth: Depth = "auto",
-    tree_selection: str = "off",
-    predictor: str | Path | None = None,
-    survivors: int | None = None,
-    progress: bool = False,
-) -> "generate.LanguageModel":
-    """Loads a model.
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How to load a model.
 
-    Args:
-        path_or_name: a checkpoint directory, a .gguf file, the name of a model that ships ("smollm2-135m"), or a hub id
-            "org/name".
+    Attributes:
         dtype: compute dtype; default: float32 on CPUs (many emulate the others), else what the checkpoint states.
         scheme: activation scheme to run the checkpoint's codes under, e.g. "w4a8" for W4A16 codes.
         quantize: scheme to round the layers' linears to while loading (to nearest, of the decoded weights if they are
@@ -58,22 +46,91 @@ def load(
         survivors: nodes that "prune" keeps; None: 16.
         progress: show a progress bar.
     Raises:
+        ConfigError: a dtype that is not supported.
+    """
+
+    dtype: str | None = None
+    scheme: str | None = None
+    quantize: str | None = None
+    backend: str = "auto"
+    dequantize: Dequantize = "auto"
+    chat_template: str | None = None
+    qserve_layernorm: bool = False
+    depth: Depth = "auto"
+    tree_selection: str = "off"
+    predictor: str | Path | None = None
+    survivors: int | None = None
+    progress: bool = False
+
+    def __post_init__(self):
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r}: supported are {', '.join(DTYPES)}")
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """What a checkpoint holds, ready to run; drafters are built for it.
+
+    Attributes:
+        name: where it came from.
+        config: architecture.
+        module: the network in its run-time form.
+        tokenizer: `specjax.tokenizer.Tokenizer`, or None (then prompts are token ids).
+        default_head: directory of the draft head that ships for this model, if one does.
+    """
+
+    name: str
+    config: ModelConfig
+    module: Llama
+    tokenizer: Any = None
+    default_head: Path | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """Compute dtype, e.g. "float32"."""
+        return str(self.module.dtype)
+
+
+def load_model(path_or_name: str | Path, options: LoadOptions) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+        path_or_name: a checkpoint directory, a .gguf file, the name of a model that ships ("smollm2-135m"), or a hub id
+            "org/name".
+        options: how.
+    Raises:
         FileNotFoundError, ConfigError, CheckpointError: with the file, field or tensor.
     """
-    from specjax import tokenizer
-
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"{dtype=}: supported are {', '.join(DTYPES)}")
     path = hub.resolve(str(path_or_name))
     checkpoint = checkpoints.open_checkpoint(path)
+    dtype = options.dtype
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
-    policy = routing.policy(checkpoint, depth, tree_selection, predictor, survivors)
-    preparation = Preparation(backend, dequantize, jnp.dtype(dtype))
-    recipe = None if quantize is None else recipes.at_load(quantize, checkpoint.config)
-    has_codes = False
+    module = _network(checkpoint, jnp.dtype(dtype), options)
+    return LoadedModel(
+        name=str(path_or_name),
+        config=module.config,
+        module=rotate.attach_from(module, path),
+        tokenizer=tokenizer.load(path, checkpoint, options.chat_template),
+        default_head=hub.shipped_head(str(path_or_name)),
+    )
+
+
+def _network(checkpoint, dtype: jnp.dtype, options: LoadOptions) -> Llama:
+    """The network of a checkpoint, layer by layer in run-time form, its depth policy attached."""
+    policy = routing.policy(
+        checkpoint, options.depth, options.tree_selection, options.predictor, options.survivors
+    )
+    preparation = Preparation(options.backend, options.dequantize, dtype)
+    scheme, has_codes = options.scheme, False
+    recipe = (
+        None if options.quantize is None else recipes.at_load(options.quantize, checkpoint.config)
+    )
     bar = tqdm(
-        total=checkpoint.config.num_layers, desc="loading", unit="layer", disable=not progress
+        total=checkpoint.config.num_layers,
+        desc="loading",
+        unit="layer",
+        disable=not options.progress,
     )
 
     def finish(layer):
@@ -82,22 +139,15 @@ def load(
             layer = quantizing.round_layer(layer, recipe, f"model.layers.{bar.n}")
         if scheme is not None and view.quantized_linears(layer):
             layer, has_codes = view.with_scheme(layer, scheme), True
-        if qserve_layernorm:
+        if options.qserve_layernorm:
             layer.input_layernorm.centered = layer.post_attention_layernorm.centered = True
         layer = preparation.layer(layer)
         bar.update()
         return layer
 
     with bar:
-        module = llama.build(checkpoint, jnp.dtype(dtype), finish)
+        module = llama.build(checkpoint, dtype, finish)
     if scheme is not None and not has_codes:
         module.with_scheme(scheme)  # raises: there is nothing to view
     module = Llama(module.config, module.model, preparation.linear(module.lm_head))
-    module = rotate.attach_from(routing.attach(module, checkpoint.config, policy), path)
-    return generate.LanguageModel(
-        name=str(path_or_name),
-        config=module.config,
-        module=module,
-        tokenizer=tokenizer.load(path, checkpoint, chat_template),
-        default_head=hub.shipped_head(str(path_or_name)),
-    )
+    return routing.attach(module, checkpoint.config, policy)

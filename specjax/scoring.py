@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import cache as kv
-from specjax import engine
-from specjax import sampling as sample
+from specjax.decoding import sampling as sample
+from specjax.engine import engine
 from specjax.errors import CapacityError, SpecjaxError
-from specjax.generate import LanguageModel
+from specjax.language_model import LanguageModel
+from specjax.models import cache as kv
 from specjax.models import layers
 from specjax.models.llama import Llama
 

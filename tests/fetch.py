@@ -1,7 +1,7 @@
 """Fetches the model that ships before the tests run; without it, its tests are skipped."""
 
-from specjax.checkpoints import hub
 from specjax.errors import SpecjaxError
+from specjax.files import hub
 
 try:
     hub.fetch_named("smollm2-135m")

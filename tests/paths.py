@@ -48,7 +48,7 @@ def golden(name: str) -> Path:
 
 def smollm2() -> Path:
     """The GGUF file of the model that ships, from the user's cache; `make test` fetches it first."""
-    from specjax.checkpoints import hub
+    from specjax.files import hub
 
     name = "smollm2-135m"
     path = hub.default_cache_dir() / "specjax" / name / hub.NAMED_MODELS[name].file_name

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax import sampling as sample
-from specjax import tree as trees
+from specjax.decoding import sampling as sample
+from specjax.decoding import tree as trees
 from specjax.drafters import base
 
 # A chain of four drafts; and a tree whose right path 0-2-5-7 runs through second children and skips nodes.

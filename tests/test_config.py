@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from specjax import config as configs
 from specjax.config import ModelConfig, RopeConfig
+from specjax.config import model as configs
 from specjax.errors import ConfigError
 
 BASE = {

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common
 from experiments import convert as binary
-from specjax import checkpoints, conversion, selfcheck, tokenizer
-from specjax.checkpoints import manifest
+from experiments.shared import common
+from specjax import checkpoints, conversion
 from specjax.errors import CheckpointError, ConfigError
+from specjax.files import manifest
 from specjax.models import llama
-from specjax.quant import layerwise, rotation
+from specjax.quant import rotation
 from specjax.quant.linear import QuantizedLinear
+from specjax.quantize import layerwise, selfcheck
+from specjax.text import tokenizer
 from tests import paths
 
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import specjax
-from specjax.checkpoints import hub
 from specjax.drafters.lm import LM
+from specjax.files import hub
 from specjax.models import llama
 from tests import paths, planned, tiny
 

@@ -9,9 +9,10 @@ import pytest
 import specjax
 from experiments import bench_pairs
 from specjax.drafters import registry
-from specjax.models.layers import Linear
-from specjax.quant import recipe, view
+from specjax.quant import view
+from specjax.quant.dense_linear import Linear
 from specjax.quant.scheme import SCHEMES
+from specjax.quantize import recipe
 from tests import paths, tiny
 
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax import cache as kv
-from specjax import target as target_pass
-from specjax import tree as trees
 from specjax.checkpoints import heads
+from specjax.decoding import target as target_pass
+from specjax.decoding import tree as trees
+from specjax.decoding.tree import Tree
 from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
@@ -24,8 +24,8 @@ from specjax.drafters.medusa import medusa
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
-from specjax.engine import Programs
-from specjax.tree import Tree
+from specjax.engine.engine import Programs
+from specjax.models import cache as kv
 from tests import paths, planned, ties, tiny
 
 MIN, MIDDLE, MAX = "min", "middle", "max"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from specjax.drafters.self_draft import SelfDraft
-from specjax.engine import Programs
+from specjax.engine.engine import Programs
 from specjax.quant.scheme import SCHEMES
 from tests import planned, ties, tiny
 

@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from specjax import decode as decoding
-from specjax import sampling as sample
 from specjax import verify
+from specjax.decoding import sampling as sample
 from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
-from specjax.engine import Programs
+from specjax.engine import decode as decoding
+from specjax.engine.engine import Programs
 from specjax.models import eagle as eagle_model
 from specjax.models import llama
-from specjax.prepare import prepare
-from specjax.quant import quantize, recipe
+from specjax.models.prepare import prepare
+from specjax.quantize import quantize, recipe
 from tests import tiny
 
 CAPACITY = 4096

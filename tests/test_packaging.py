@@ -12,7 +12,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-from tests import paths, resume
+from tests import layers, paths, resume
 
 ROOT = paths.REPOSITORY
 LIBRARY = sorted((ROOT / "specjax").rglob("*.py"))
@@ -44,17 +44,6 @@ def tracked(*patterns):
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns]
     names = set(run(*command, check=True).stdout.split("\0")) - {""}
     return sorted(ROOT / name for name in names if (ROOT / name).is_file())
-
-
-def imports(path):
-    """Every module that a file imports, at any depth of its code; `from a import b` gives a and a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def attributes(path):
@@ -96,21 +85,47 @@ def test_import_rules(folder, forbidden):
     broken = {
         f"{relative(path)} imports {name}"
         for path in files
-        for name in imports(path)
+        for name in layers.imports(path)
         if name == forbidden or name.startswith(f"{forbidden}.")
     }
     assert not broken
 
 
+def test_rooms_import_downwards_and_never_in_a_circle():
+    graph = layers.edges(layers.modules())
+    assert layers.upward(graph) == []
+    assert layers.circles(graph) == []
+
+
+def test_a_circle_and_an_upward_import_are_found(tmp_path):
+    """Inside functions and through packages, too."""
+    files = {
+        "errors.py": "def f():\n    from specjax.engine import engine",
+        "engine/__init__.py": "",
+        "engine/engine.py": "from specjax import errors",
+        "attic.py": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / "specjax" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    graph = layers.edges(layers.modules(tmp_path))
+    assert layers.circles(graph) == [("specjax.engine.engine", "specjax.errors")]
+    assert layers.upward(graph) == [
+        "specjax.attic: 'attic' is in no layer",
+        "specjax.errors imports specjax.engine.engine, which lies above it",
+    ]
+
+
 def test_no_future_annotations():
     """They would turn the shapes in signatures into text, and the tests would check nothing."""
-    assert not [relative(path) for path in LIBRARY if "__future__" in imports(path)]
+    assert not [relative(path) for path in LIBRARY if "__future__" in layers.imports(path)]
 
 
 def test_the_library_reads_no_environment():
     reading = re.compile(r"(.*\.)?(environ|getenv|environb)$")
     found = {relative(p) for p in LIBRARY if any(reading.match(name) for name in attributes(p))}
-    assert found <= {"specjax/checkpoints/hub.py"}, "only the cache folder may come from there"
+    assert found <= {"specjax/files/hub.py"}, "only the cache folder may come from there"
 
 
 def test_the_library_changes_no_global_configuration():

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import checkpoints, verify
-from specjax import sampling as sample
-from specjax.checkpoints import heads, shrink
+from specjax.checkpoints import heads
 from specjax.config import ModelConfig, RopeConfig
+from specjax.decoding import sampling as sample
 from specjax.drafters import eagle as eagle_drafter
 from specjax.drafters import medusa as medusa_drafter
 from specjax.drafters.base import Drafter
@@ -22,10 +22,11 @@ from specjax.drafters.lm import LM
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
-from specjax.engine import Completion, Engine, Programs, Request
-from specjax.models import eagle, eagle3, layers, llama, medusa
-from specjax.prepare import prepare
-from specjax.quant import quantize, recipe
+from specjax.engine.engine import Completion, Engine, Programs, Request
+from specjax.models import eagle, eagle3, llama, medusa
+from specjax.models.prepare import prepare
+from specjax.quant.dense_linear import Linear
+from specjax.quantize import quantize, recipe, shrink
 from tests import paths
 
 
@@ -91,7 +92,7 @@ class RandomCheckpoint:
     def linear(self, prefix, out_features, in_features, bias):
         weight = self.tensor(f"{prefix}.weight", (out_features, in_features))
         bias_values = self.tensor(f"{prefix}.bias", (out_features,)) if bias else None
-        return layers.Linear(
+        return Linear(
             jnp.asarray(weight), None if bias_values is None else jnp.asarray(bias_values)
         )
 

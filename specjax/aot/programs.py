@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax import decode as decoding
-from specjax import sampling as sample
 from specjax import verify
 from specjax.aot import executable, shapes, thunks
 from specjax.aot.compile import Compiled, Compiler
+from specjax.decoding import sampling as sample
+from specjax.engine import decode as decoding
+from specjax.engine.program import GPU_OPTIONS
 from specjax.errors import ConfigError
-from specjax.prepare import weight_bytes
-from specjax.program import GPU_OPTIONS
+from specjax.models.prepare import weight_bytes
 
 # What a kernel in a CUDA graph costs beside its bytes; an assumption, no measurement.
 ASSUMED_LAUNCH_US = 1.5
@@ -68,7 +68,7 @@ def run(
 def decode_arguments(
     config, *, scheme, group_size, drafter, dtype, backend, capacity, batch
 ) -> dict[str, Any]:
-    """Abstract arguments of `specjax.decode.decode`."""
+    """Abstract arguments of `specjax.engine.decode.decode`."""
     target = shapes.model(config, scheme, group_size, dtype, backend)
     proposer = shapes.abstract_drafter(drafter, config, target)
     state = jax.eval_shape(

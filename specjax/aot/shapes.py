@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.checkpoints import shrink
 from specjax.config import ModelConfig, RopeConfig
 from specjax.drafters.base import Drafter
 from specjax.drafters.eagle import eagle
@@ -13,11 +12,13 @@ from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.errors import ConfigError
 from specjax.models import eagle as eagle_model
-from specjax.models import layers, llama
+from specjax.models import llama
 from specjax.models.llama import Llama
-from specjax.prepare import prepare
+from specjax.models.prepare import prepare
 from specjax.quant import scheme as schemes
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
+from specjax.quantize import shrink
 
 _LLAMA3 = dict(
     architecture="LlamaForCausalLM",
@@ -107,7 +108,7 @@ class ShapeCheckpoint:
     def linear(self, prefix: str, out_features: int, in_features: int, bias: bool):
         bias_values = jnp.zeros((out_features,), self.dtype) if bias else None
         if self.scheme is None or "layers." not in prefix:
-            return layers.Linear(jnp.zeros((out_features, in_features), self.dtype), bias_values)
+            return Linear(jnp.zeros((out_features, in_features), self.dtype), bias_values)
         return quantized(
             self.scheme, out_features, in_features, self.group_size, self.dtype, bias_values
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from specjax.checkpoints import codes, tensors
-from specjax.checkpoints.source import TensorSource
+from specjax.files.base import TensorSource
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 

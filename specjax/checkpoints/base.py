@@ -5,9 +5,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from specjax.checkpoints.source import TensorSource
 from specjax.config import ModelConfig
-from specjax.models.layers import Linear
+from specjax.files.base import TensorSource
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
 

@@ -22,8 +22,8 @@ from jaxtyping import Int, Shaped, UInt8
 
 from specjax.checkpoints import codes, tensors
 from specjax.checkpoints import compressed_tensors_settings as settings
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 from specjax.quant import packing
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear

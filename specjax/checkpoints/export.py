@@ -26,22 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from specjax.checkpoints import (
-    compressed_tensors,
-    gptq,
-    manifest,
-    native,
-    orbax_store,
-    qqq,
-    qserve,
-    writer,
-)
+from specjax.checkpoints import compressed_tensors, gptq, native, qqq, qserve
 from specjax.config import DTYPES, ModelConfig
 from specjax.depth import checkpoint as routers
 from specjax.errors import CheckpointError
-from specjax.models.layers import Linear
+from specjax.files import manifest, orbax_store, writer
 from specjax.models.llama import Llama
 from specjax.quant import rotation as rotations
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
 DENSE = "dense"

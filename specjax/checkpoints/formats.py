@@ -5,8 +5,8 @@ To add one: a class with the methods of `specjax.checkpoints.base.LinearFormat` 
 
 from specjax.checkpoints import awq, compressed_tensors, gptq, native, qqq, qserve, specmquant
 from specjax.checkpoints.base import LinearFormat
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 
 FORMATS: tuple[type[LinearFormat], ...] = (
     native.SpecjaxFormat,

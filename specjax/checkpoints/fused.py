@@ -3,8 +3,8 @@
 import dataclasses
 
 from specjax.checkpoints import tensors
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

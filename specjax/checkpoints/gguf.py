@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from specjax.checkpoints import gguf_file, source
+from specjax.checkpoints import gguf_file
 from specjax.checkpoints.gguf_file import GGUFFile
 from specjax.config import ModelConfig, RopeConfig
 from specjax.errors import CheckpointError, ConfigError
-from specjax.models.layers import Linear
+from specjax.files import base as file_base
 from specjax.quant import packing
 from specjax.quant import scheme as schemes
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -75,7 +76,7 @@ class GGUFCheckpoint:
         stored = _gguf_name(name)
         rows = self._rows(name, shape)
         array = gguf_file.dequantize(rows, self.file.info(stored)).reshape(shape)
-        source.check_finite(array, stored, self.path)
+        file_base.check_finite(array, stored, self.path)
         return array
 
     def linear(
@@ -90,7 +91,7 @@ class GGUFCheckpoint:
         codes, scales, minima = gguf_file.decode_blocks(self._rows(name, shape), type_name)
         for floats in (scales, minima):
             if floats is not None:
-                source.check_finite(np.ascontiguousarray(floats), stored, self.path)
+                file_base.check_finite(np.ascontiguousarray(floats), stored, self.path)
         scheme = schemes.lookup(_SCHEMES[type_name])
         return QuantizedLinear(
             codes=packing.to_device(codes, scheme.weights.code_dtype),
@@ -104,7 +105,7 @@ class GGUFCheckpoint:
     def _rows(self, name: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, "N row_bytes"]:
         """Encoded rows in Hugging Face order; the shape is checked."""
         stored = _gguf_name(name)
-        source.check_shape(self.file.info(stored).shape, shape, stored, self.path)
+        file_base.check_shape(self.file.info(stored).shape, shape, stored, self.path)
         rows = self.file.rows(stored)
         match = re.search(r"\.(q_proj|k_proj)\.(weight|bias)$", name)
         if match is None or not self._permuted:

@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from specjax.checkpoints import source
 from specjax.errors import CheckpointError
+from specjax.files import base as file_base
 
 # Type number in the file: (name, elements per block, bytes per block).
 TENSOR_TYPES = {
@@ -89,7 +89,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._data = source.map_file(path)
+        self._data = file_base.map_file(path)
         reader = _Reader(self._data, path)
         num_tensors, num_keys = _parse_start(reader)
         self.metadata: dict[str, Any] = {}

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from specjax.checkpoints import hf, source
+from specjax.checkpoints import hf
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError
+from specjax.files import base as file_base
+from specjax.files import source
 from specjax.models import eagle, eagle3, medusa
 from specjax.models.llama import Llama
-from specjax.quant import heads as rotated
 
 _MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
@@ -39,15 +40,6 @@ def load_eagle(path: Path, target: Llama, target_name: str):
         f"{path}: not an EAGLE head; neither layers.0.self_attn.q_proj.weight (EAGLE-1/2) nor "
         "midlayer.hidden_norm.weight (EAGLE-3) is in it"
     )
-
-
-def check_rotation(path: Path, target: Path) -> None:
-    """Refuses a head whose rotation is not its target's; both are folders.
-
-    Raises:
-        CheckpointError: one of them is rotated and the other is not, or by another matrix.
-    """
-    rotated.check_pair(target, path)
 
 
 def load_medusa(path: Path, target: Llama) -> tuple[medusa.MedusaHeads, dict[str, list]]:
@@ -115,7 +107,7 @@ def _read_config(path: Path) -> dict:
         raise FileNotFoundError(
             f"{path}: no such folder; a draft head is a folder with config.json"
         )
-    return source.read_json(path / "config.json")
+    return file_base.read_json(path / "config.json")
 
 
 def _check_fit(

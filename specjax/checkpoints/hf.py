@@ -9,11 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoints import source as sources
 from specjax.checkpoints.base import LinearFormat
 from specjax.config import DTYPES, ModelConfig
 from specjax.errors import CheckpointError, ConfigError
-from specjax.models.layers import Linear
+from specjax.files import base as file_base
+from specjax.files import source as sources
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -36,7 +37,7 @@ class HFCheckpoint:
         self,
         path: Path,
         config: ModelConfig,
-        source: sources.TensorSource,
+        source: file_base.TensorSource,
         linear_format: LinearFormat | None = None,
     ):
         self.path = path
@@ -54,11 +55,11 @@ class HFCheckpoint:
         if self._linear_format is not None:
             array = self._linear_format.tensor(self.source, name)
             if array is not None:
-                sources.check_shape(array.shape, shape, name, self.path)
+                file_base.check_shape(array.shape, shape, name, self.path)
                 return array
         if name not in self._names:
             raise CheckpointError(f"{name} is missing from {self.path}")
-        sources.check_shape(self.source.shape(name), shape, name, self.path)
+        file_base.check_shape(self.source.shape(name), shape, name, self.path)
         dtype = self.source.dtype(name)
         if dtype.name not in _FLOATS:
             raise CheckpointError(
@@ -102,14 +103,15 @@ def open_folder(path: Path) -> HFCheckpoint:
         ConfigError: the configuration asks for something not implemented.
         CheckpointError: a file is malformed or truncated, or the quantized format is not supported.
     """
-    from specjax.checkpoints import formats, manifest
+    from specjax.checkpoints import formats
+    from specjax.files import manifest
 
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
     if gguf_files and not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json; pass one of {', '.join(gguf_files)}")
-    hf_config = sources.read_json(path / "config.json")
+    hf_config = file_base.read_json(path / "config.json")
     generation = path / "generation_config.json"
-    generation_config = sources.read_json(generation) if generation.is_file() else None
+    generation_config = file_base.read_json(generation) if generation.is_file() else None
     try:
         config = ModelConfig.from_hf(hf_config, generation_config)
     except ConfigError as error:
@@ -130,11 +132,11 @@ def _quantization_config(path: Path, hf_config: dict[str, Any]) -> dict[str, Any
         return hf_config["quantization_config"]
     for name in ("quantize_config.json", "quant_config.json"):
         if (path / name).is_file():
-            return sources.read_json(path / name)
+            return file_base.read_json(path / name)
     return None
 
 
-def _stored_dtype(config: ModelConfig, source: sources.TensorSource) -> ModelConfig:
+def _stored_dtype(config: ModelConfig, source: file_base.TensorSource) -> ModelConfig:
     """Fills in a dtype that config.json does not state: the embedding's, as transformers does."""
     if _EMBEDDING not in source.names() or source.dtype(_EMBEDDING).name not in DTYPES:
         return config

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from specjax.checkpoints import codes, tensors
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError, ConfigError
+from specjax.files.base import TensorSource
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import Scheme

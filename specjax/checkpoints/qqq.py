@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from specjax.checkpoints import codes, marlin, tensors
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from specjax.checkpoints import codes, fused, marlin, tensors
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.checkpoints import codes, fused, marlin, qqq, tensors
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 

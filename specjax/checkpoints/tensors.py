@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from specjax.checkpoints.source import TensorSource
 from specjax.errors import CheckpointError
+from specjax.files.base import TensorSource
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 

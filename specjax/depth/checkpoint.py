@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from specjax.config.depth import DepthConfig
 from specjax.depth import router as routing
-from specjax.depth.config import DepthConfig
 from specjax.depth.router import Router
 from specjax.errors import ConfigError
 from specjax.models import layers
+from specjax.quant.dense_linear import Linear
 
 
 def routers_from(checkpoint, config: DepthConfig) -> list[Router]:
@@ -29,13 +30,9 @@ def routers_from(checkpoint, config: DepthConfig) -> list[Router]:
             return jnp.asarray(checkpoint.tensor(f"{_prefix(index)}.{name}", shape), jnp.float32)
 
         return Router(
-            up_proj=layers.Linear(
-                values("up_proj.weight", width, hidden), values("up_proj.bias", width)
-            ),
+            up_proj=Linear(values("up_proj.weight", width, hidden), values("up_proj.bias", width)),
             norm=layers.RMSNorm(values("norm.weight", width), routing.EPS),
-            down_proj=layers.Linear(
-                values("down_proj.weight", 2, width), values("down_proj.bias", 2)
-            ),
+            down_proj=Linear(values("down_proj.weight", 2, width), values("down_proj.bias", 2)),
             code_bits=config.code_bits,
         )
 

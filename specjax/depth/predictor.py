@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from specjax.checkpoints import source, writer
 from specjax.errors import CheckpointError, ConfigError
+from specjax.files import base as file_base
+from specjax.files import source, writer
 
 CONFIG_NAME, WEIGHTS_NAME = "predictor_config.json", "predictor.safetensors"
 
@@ -61,7 +62,7 @@ def load(folder: Path, hidden_size: int, num_layers: int) -> Predictor:
             raise FileNotFoundError(
                 f"{folder}: no {name} there; a predictor is a folder that experiments.train_predictor writes"
             )
-    layer = source.read_json(folder / CONFIG_NAME).get("layer")
+    layer = file_base.read_json(folder / CONFIG_NAME).get("layer")
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 < layer < num_layers:
         raise ConfigError(
             f"{folder / CONFIG_NAME}: layer={layer!r}: the model's layers 1 to {num_layers - 1} are supported"
@@ -74,8 +75,8 @@ def load(folder: Path, hidden_size: int, num_layers: int) -> Predictor:
     )
 
 
-def _tensor(file: source.TensorSource, name: str, shape: tuple[int, ...], folder: Path):
+def _tensor(file: file_base.TensorSource, name: str, shape: tuple[int, ...], folder: Path):
     if name not in file.names():
         raise CheckpointError(f"{name} is missing from {folder / WEIGHTS_NAME}")
-    source.check_shape(file.shape(name), shape, name, folder / WEIGHTS_NAME)
+    file_base.check_shape(file.shape(name), shape, name, folder / WEIGHTS_NAME)
     return np.asarray(file.read(name), np.float32)

@@ -11,18 +11,18 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import cache as kv
-from specjax import target
-from specjax import tree as trees
+from specjax.config.depth import DepthConfig
+from specjax.decoding import target
+from specjax.decoding import tree as trees
+from specjax.decoding.tree import Tree
 from specjax.depth import selection as selecting
-from specjax.depth.config import DepthConfig
 from specjax.depth.predictor import Predictor
 from specjax.depth.router import Router
 from specjax.depth.selection import Selection
 from specjax.errors import ConfigError
+from specjax.models import cache as kv
 from specjax.models import layers as nn
 from specjax.models.llama import ForwardOutput, Llama
-from specjax.tree import Tree
 
 
 class Routed(nnx.Module):

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from specjax.models import layers as nn
+from specjax.quant.dense_linear import Linear
 
 SKIP, EXECUTE = 0, 1  # columns of a router's logits
 EPS = 1e-5
@@ -18,9 +19,7 @@ class Router(nnx.Module):
     (SpaDec's robust router): tokens that are alike then get the same decision, and scale and offset drop out.
     """
 
-    def __init__(
-        self, up_proj: nn.Linear, norm: nn.RMSNorm, down_proj: nn.Linear, code_bits: int | None
-    ):
+    def __init__(self, up_proj: Linear, norm: nn.RMSNorm, down_proj: Linear, code_bits: int | None):
         self.up_proj, self.norm, self.down_proj = up_proj, norm, down_proj
         self.code_bits = code_bits
 
@@ -56,8 +55,8 @@ def init(key: Array, hidden_size: int, width: int, code_bits: int | None) -> Rou
         )
 
     return Router(
-        up_proj=nn.Linear(matrix(first, width, hidden_size), jnp.zeros((width,), jnp.float32)),
+        up_proj=Linear(matrix(first, width, hidden_size), jnp.zeros((width,), jnp.float32)),
         norm=nn.RMSNorm(jnp.ones((width,), jnp.float32), EPS),
-        down_proj=nn.Linear(matrix(second, 2, width), jnp.array([0.1, 2.0], jnp.float32)),
+        down_proj=Linear(matrix(second, 2, width), jnp.array([0.1, 2.0], jnp.float32)),
         code_bits=code_bits,
     )

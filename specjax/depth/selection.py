@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import tree as trees
+from specjax.decoding import tree as trees
+from specjax.decoding.tree import Tree
 from specjax.errors import ConfigError
-from specjax.tree import Tree
 
 Mode = Literal["off", "vote", "prune"]
 MODES = ("off", "vote", "prune")

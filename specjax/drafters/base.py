@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from specjax.cache import KVCache
+from specjax.decoding.sampling import Sampling
+from specjax.decoding.tree import Tree
+from specjax.models.cache import KVCache
 from specjax.models.llama import Llama
-from specjax.sampling import Sampling
-from specjax.tree import Tree
 from specjax.verify.base import Verified
 
 # What a drafter wants of the target's passes: nothing, the rows after the final norm, or the inputs of named layers.

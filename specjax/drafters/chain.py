@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, UInt32
 
-from specjax import sampling as sample
-from specjax.cache import KVCache
+from specjax.decoding import sampling as sample
+from specjax.decoding.sampling import Sampling
 from specjax.models import layers
+from specjax.models.cache import KVCache
 from specjax.models.llama import Llama
-from specjax.sampling import Sampling
 
 
 def draft_chain(

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import cache as kv
-from specjax import sampling as sample
-from specjax import tree as trees
+from specjax.decoding import sampling as sample
+from specjax.decoding import tree as trees
 from specjax.drafters import base
 from specjax.errors import ConfigError
+from specjax.models import cache as kv
 from specjax.models import layers
 from specjax.models.eagle import EagleHead
 

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from specjax import cache as kv
-from specjax import sampling as sample
-from specjax import target as passes
-from specjax import tree as trees
 from specjax import verify
+from specjax.decoding import sampling as sample
+from specjax.decoding import target as passes
+from specjax.decoding import tree as trees
 from specjax.drafters import base
 from specjax.drafters import chain as chains
+from specjax.models import cache as kv
 from specjax.models.llama import Llama
 from specjax.verify.base import Verified
 

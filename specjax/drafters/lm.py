@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specjax import cache as kv
-from specjax import tree
+from specjax.decoding import tree
 from specjax.drafters import base
 from specjax.drafters import chain as chains
+from specjax.models import cache as kv
 from specjax.models import layers
 from specjax.models.llama import Llama
 

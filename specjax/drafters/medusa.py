@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from specjax import tree as trees
+from specjax.decoding import tree as trees
 from specjax.drafters import base
 from specjax.errors import ConfigError
 from specjax.models.medusa import MedusaHeads

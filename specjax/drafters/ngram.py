@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from specjax import tree
+from specjax.decoding import tree
 from specjax.drafters import base
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from specjax import tree
+from specjax.decoding import tree
 from specjax.drafters import base
 
 

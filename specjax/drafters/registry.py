@@ -11,8 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from specjax import draft_vocabulary
-from specjax.checkpoints import heads, hub, shrink
+from specjax import loading
+from specjax.checkpoints import heads
+from specjax.drafters import draft_vocabulary
 from specjax.drafters.base import Drafter
 from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
@@ -22,6 +23,10 @@ from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
 from specjax.errors import ConfigError
+from specjax.files import hub
+from specjax.loading import LoadOptions
+from specjax.quantize import heads as rotated
+from specjax.quantize import shrink
 
 Spec = str | dict[str, Any] | Drafter
 
@@ -91,7 +96,7 @@ def _eagle(
         )
     folder = hub.shipped_head(str(path)) or hub.resolve(str(path))
     head = heads.load_eagle(folder, target.module, target.name)
-    heads.check_rotation(folder, hub.resolve(target.name))
+    rotated.check_pair(hub.resolve(target.name), folder)
     if vocabulary is not None or vocabulary_size is not None:
         ids = _draft_vocabulary(target, folder, vocabulary, vocabulary_size)
         if topk > len(ids):
@@ -191,7 +196,7 @@ def check(spec: dict[str, Any]) -> None:
 
 
 def build(spec: Spec, target) -> Drafter:
-    """The drafter that a spec describes, for a loaded target (`specjax.LanguageModel`).
+    """The drafter that a spec describes, for a loaded target (`specjax.loading.LoadedModel`).
 
     Raises:
         ConfigError: the spec is malformed or does not fit the target.
@@ -222,15 +227,13 @@ def _draft_model(
     target, model: str, scheme: str | None, quantize: str | None, keep_codes: bool = False
 ):
     """Loads a draft model in the target's compute dtype; `quantize` rounds a dense one to a scheme."""
-    from specjax import loading  # which builds targets and so imports this module
-
-    draft = loading.load(
-        model,
+    options = LoadOptions(
         dtype=target.dtype_name,
         scheme=scheme,
         quantize=quantize,
         dequantize="never" if keep_codes else "auto",
     )
+    draft = loading.load_model(model, options)
     _same_tokenizer(target, draft)
     return draft
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import jax
 
-from specjax import tree
+from specjax.decoding import tree
 from specjax.drafters import base
 from specjax.drafters import chain as chains
 from specjax.models import layers

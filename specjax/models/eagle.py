@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax.cache import KVCache
 from specjax.config import ModelConfig
 from specjax.models import layers as nn
 from specjax.models import llama
+from specjax.models.cache import KVCache
+from specjax.quant.dense_linear import Linear
 
 
 class EagleHead(nnx.Module):
@@ -24,11 +25,11 @@ class EagleHead(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        fc: nn.Linear,
+        fc: Linear,
         layer: nn.DecoderLayer,
         embed_tokens: nn.Embedding | None = None,
         lm_head=None,
-        rotation: nn.Linear | None = None,
+        rotation: Linear | None = None,
         draft_ids: Int[Array, "U"] | None = None,
     ):
         self.config = config
@@ -86,7 +87,7 @@ def build(checkpoint, dtype) -> EagleHead:
         rotation = checkpoint.tensor("rms_norm_rotation.weight", (hidden, hidden))
         table = checkpoint.tensor("embed_tokens.weight", (vocab, hidden))
         own = {
-            "rotation": nn.Linear(jnp.asarray(rotation, dtype)),
+            "rotation": Linear(jnp.asarray(rotation, dtype)),
             "embed_tokens": nn.Embedding(jnp.asarray(table, dtype)),
             "lm_head": llama.build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype),
         }

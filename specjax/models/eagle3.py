@@ -5,11 +5,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax.cache import KVCache
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.models import layers as nn
 from specjax.models import llama
+from specjax.models.cache import KVCache
+from specjax.quant.dense_linear import Linear
 
 
 class Eagle3Layer(nnx.Module):
@@ -48,7 +49,7 @@ class Eagle3Head(nnx.Module):
         self,
         config: ModelConfig,
         needs: tuple[int, ...],
-        fc: nn.Linear,
+        fc: Linear,
         midlayer: Eagle3Layer,
         norm: nn.RMSNorm,
         lm_head,

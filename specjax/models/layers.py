@@ -1,7 +1,7 @@
 """Building blocks of the Llama family and of its draft heads.
 
 Modules hold parameters and a pure forward; caches, masks and positions are arguments. A "linear" is anything with
-`__call__(x)`, `out_features` and `in_features`: `Linear` here, `QuantizedLinear` in quant/; models never mention bits.
+`__call__(x)`, `out_features` and `in_features`: `Linear` and `QuantizedLinear` in quant/; models never mention bits.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import cache as kv
 from specjax.config import ModelConfig, RopeConfig
-from specjax.pallas import dispatch, matmul_dense
+from specjax.models import cache as kv
+from specjax.pallas import dispatch
 from specjax.pallas.glue import api as glue
 from specjax.pallas.glue import parts
 from specjax.pallas.tree_attention import api as attention_op
@@ -46,26 +46,6 @@ def causal_block(tokens: Int[Array, "B T"], start: Int[Array, "B"]) -> Block:
     """Consecutive tokens at slots and positions start, start + 1, ..."""
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)
     return Block(tokens=tokens, positions=positions, start=start, prefix=start, tail=None)
-
-
-class Linear(nnx.Module):
-    """y = x W^T + b with a dense weight [N, K] in the compute dtype; products accumulate in float32."""
-
-    def __init__(self, weight: Float[Array, "N K"], bias: Float[Array, "N"] | None = None):
-        self.weight = nnx.Param(weight)
-        self.bias = None if bias is None else nnx.Param(bias)
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
-        y = matmul_dense.matmul(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):

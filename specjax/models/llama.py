@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax import cache as kv
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError
+from specjax.models import cache as kv
 from specjax.models import layers as nn
 from specjax.models.layers import Block
 from specjax.pallas import matmul_dense
 from specjax.pallas.glue import api as glue
 from specjax.pallas.glue import parts
 from specjax.quant import view
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
 
@@ -134,7 +135,7 @@ def dense_weight(linear, dtype) -> Float[Array, "N K"]:
     Raises:
         ConfigError: its form has none (projected in a rotated basis, or packed for kernels).
     """
-    if isinstance(linear, nn.Linear):
+    if isinstance(linear, Linear):
         return linear.weight[...].astype(dtype)
     if not isinstance(linear, QuantizedLinear):
         raise ConfigError(
@@ -235,7 +236,7 @@ def build_norm(checkpoint, name: str, dtype) -> nn.RMSNorm:
 def build_linear(checkpoint, prefix: str, out_features: int, in_features: int, bias: bool, dtype):
     """A linear by HF prefix: dense ones are cast to the compute dtype, quantized ones kept as they are."""
     linear = checkpoint.linear(prefix, out_features, in_features, bias)
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, Linear):
         return linear
     bias_values = None if linear.bias is None else jnp.asarray(linear.bias[...], dtype)
-    return nn.Linear(jnp.asarray(linear.weight[...], dtype), bias_values)
+    return Linear(jnp.asarray(linear.weight[...], dtype), bias_values)

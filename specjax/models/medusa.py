@@ -6,13 +6,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from specjax.config import ModelConfig
-from specjax.models import layers as nn
+from specjax.quant.dense_linear import Linear
 
 
 class MedusaHead(nnx.Module):
     """logits = lm_head(x + silu(linear(x))) for the final-norm feature x."""
 
-    def __init__(self, linear: nn.Linear, lm_head: nn.Linear):
+    def __init__(self, linear: Linear, lm_head: Linear):
         self.linear, self.lm_head = linear, lm_head
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -46,5 +46,5 @@ def build(checkpoint, config: ModelConfig, num_heads: int, dtype) -> MedusaHeads
         weight = tensor(f"{i}.0.linear.weight", (width, width))
         bias = tensor(f"{i}.0.linear.bias", (width,))
         out = tensor(f"{i}.1.weight", (vocab, width))
-        heads.append(MedusaHead(nn.Linear(weight, bias), nn.Linear(out)))
+        heads.append(MedusaHead(Linear(weight, bias), Linear(out)))
     return MedusaHeads(heads)

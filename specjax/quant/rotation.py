@@ -1,6 +1,6 @@
 """QuaRot-style rotations: what they consist of, their files, and the part that runs online.
 
-Ashkboos et al., arXiv 2404.00456; `specjax.quant.rotate` applies them to a model. For 4-bit
+Ashkboos et al., arXiv 2404.00456; `specjax.quantize.rotate` applies them to a model. For 4-bit
 activations the inputs of o_proj and down_proj are mixed across heads and features, which takes a
 small product at run time: `RotatedInput`.
 """
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from specjax import errors
 from specjax.config import ModelConfig
+from specjax.files import safetensors_file
 from specjax.quant import hadamard
 from specjax.quant.linear import QuantizedLinear
 
@@ -191,11 +192,15 @@ def load(path: Path) -> Rotation:
         FileNotFoundError: there is no such file.
         CheckpointError: the file holds no square orthogonal Q.
     """
-    from specjax.checkpoints import pickle, source
+    from specjax.files import pickle
 
     if not path.is_file():
         raise FileNotFoundError(f"rotation={path}: no such file")
-    file = source.SafetensorsFile(path) if path.suffix == ".safetensors" else pickle.TorchFile(path)
+    file = (
+        safetensors_file.SafetensorsFile(path)
+        if path.suffix == ".safetensors"
+        else pickle.TorchFile(path)
+    )
     names = file.names()
     key = "Q" if "Q" in names else names[0] if len(names) == 1 else None
     if key is None:

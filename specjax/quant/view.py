@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import errors
-from specjax.models.layers import Linear
 from specjax.pallas import dispatch, weights
+from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
 from specjax.quant.scheme import Scheme, WeightSpec, lookup

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from specjax import draft_vocabulary
-from specjax.checkpoints import writer
+from specjax.drafters import draft_vocabulary
+from specjax.files import writer
 from specjax.models import layers
 from specjax.models.eagle3 import Eagle3Head
 from specjax.models.medusa import MedusaHeads
+from specjax.quant.dense_linear import Linear
 
 _SHARD_BYTES = 5 << 30
 
@@ -98,7 +99,7 @@ def _medusa(heads: MedusaHeads) -> dict:
     return tensors
 
 
-def _linear(name: str, linear: layers.Linear) -> dict:
+def _linear(name: str, linear: Linear) -> dict:
     tensors = {f"{name}.weight": np.asarray(linear.weight[...])}
     return (
         tensors if linear.bias is None else tensors | {f"{name}.bias": np.asarray(linear.bias[...])}

@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax import cache as kv
-from specjax import sampling as sample
-from specjax import target as passes
-from specjax.checkpoints import writer
+from specjax.decoding import sampling as sample
+from specjax.decoding import target as passes
+from specjax.files import writer
+from specjax.models import cache as kv
 from specjax.models.llama import Llama
 from specjax.training import batches
 from specjax.training.text import Example

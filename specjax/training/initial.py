@@ -12,6 +12,7 @@ from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.models import eagle, eagle3, layers, medusa
 from specjax.models.llama import Llama
+from specjax.quant.dense_linear import Linear
 
 KINDS = ("eagle", "eagle3", "medusa")
 _STANDARD_DEVIATION = 0.02
@@ -107,7 +108,7 @@ def eagle3_head(
         make.linear(hidden, len(needs) * hidden),
         layer,
         make.norm(config),
-        layers.Linear(target.output_weight()[ids].astype(jnp.float32)),
+        Linear(target.output_weight()[ids].astype(jnp.float32)),
         d2t=(ids - jnp.arange(len(ids))).astype(jnp.int32),
     )
 
@@ -117,8 +118,8 @@ def medusa_heads(target: Llama, num_heads: int) -> medusa.MedusaHeads:
     hidden, output = target.config.hidden_size, target.output_weight().astype(jnp.float32)
 
     def head() -> medusa.MedusaHead:
-        linear = layers.Linear(jnp.zeros((hidden, hidden)), jnp.zeros((hidden,)))
-        return medusa.MedusaHead(linear, layers.Linear(jnp.copy(output)))
+        linear = Linear(jnp.zeros((hidden, hidden)), jnp.zeros((hidden,)))
+        return medusa.MedusaHead(linear, Linear(jnp.copy(output)))
 
     return medusa.MedusaHeads([head() for _ in range(num_heads)])
 
@@ -129,10 +130,10 @@ class _Maker:
     def __init__(self, key: Array):
         self._key = key
 
-    def linear(self, out_features: int, in_features: int) -> layers.Linear:
+    def linear(self, out_features: int, in_features: int) -> Linear:
         self._key, key = jax.random.split(self._key)
         shape = (out_features, in_features)
-        return layers.Linear(_STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.float32))
+        return Linear(_STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.float32))
 
     def norm(self, config: ModelConfig) -> layers.RMSNorm:
         return layers.RMSNorm(jnp.ones((config.hidden_size,), jnp.float32), config.rms_norm_eps)

@@ -55,7 +55,8 @@ class Trainer:
     The state on disk is the parameters, the optimizer's moments and the step; order of batches and noise follow from
     seed and step, so a resumed run computes what an uninterrupted one would have.
 
-    Here it is a draft head; `specjax.depth.training` trains something else by overriding `load` and `objective`.
+    Here it is a draft head; `specjax.training.depth.training` trains something else by overriding `load` and
+    `objective`.
     """
 
     def __init__(self, head, loss: Loss, weights: Any, settings: Settings, folder: Path):

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import cache as kv
-from specjax import sampling as sample
+from specjax.decoding import sampling as sample
+from specjax.models import cache as kv
 from specjax.models import layers
 from specjax.models.eagle3 import Eagle3Head
 from specjax.models.llama import Llama

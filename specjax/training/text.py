@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from specjax.errors import ConfigError
-from specjax.quant import calibration
+from specjax.quantize import calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Example:
 
 
 def read(path: Path, tokenizer, max_length: int, loss_on: str = "all") -> list[Example]:
-    """Examples of a .jsonl, .json or .txt file (fields as in `specjax.quant.calibration.read_documents`).
+    """Examples of a .jsonl, .json or .txt file (fields as in `specjax.quantize.calibration.read_documents`).
 
     Args:
         max_length: longer documents are cut.

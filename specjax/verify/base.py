@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from specjax import tree as trees
-from specjax.sampling import Sampling
-from specjax.tree import Tree
+from specjax.decoding import tree as trees
+from specjax.decoding.sampling import Sampling
+from specjax.decoding.tree import Tree
 
 
 @jax.tree_util.register_dataclass

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from specjax import sampling as sample
-from specjax.tree import Tree
+from specjax.decoding import sampling as sample
+from specjax.decoding.tree import Tree
 from specjax.verify import base
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from specjax import sampling as sample
+from specjax.decoding import sampling as sample
 from specjax.errors import ConfigError
 from specjax.verify import base, rejection
 

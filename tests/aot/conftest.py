@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import common
+from experiments.shared import common
 
 
 @pytest.fixture

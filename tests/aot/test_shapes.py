@@ -11,8 +11,8 @@ from experiments import aot_compile
 from specjax.aot import compile as aot
 from specjax.aot import executable, kernels, programs, shapes, topology
 from specjax.errors import CheckpointError, ConfigError
+from specjax.models.prepare import weight_bytes
 from specjax.pallas import device
-from specjax.prepare import weight_bytes
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
 

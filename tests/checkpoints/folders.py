@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from specjax.checkpoints import source as sources
+from specjax.files import source as sources
 from specjax.models import llama
 from specjax.quant.linear import QuantizedLinear
 from tests import paths

@@ -9,8 +9,8 @@ import pytest
 
 from specjax.checkpoints import compressed_tensors as ct
 from specjax.checkpoints import open_checkpoint
-from specjax.checkpoints import source as sources
 from specjax.errors import CheckpointError
+from specjax.files import source as sources
 from specjax.models import llama
 from tests import paths
 from tests.checkpoints import folders, packers

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import safetensors
 
-from specjax.checkpoints import export, formats, hf, manifest, open_checkpoint, orbax_store
-from specjax.checkpoints import source as sources
+from specjax.checkpoints import export, formats, hf, open_checkpoint
 from specjax.errors import CheckpointError
+from specjax.files import manifest, orbax_store
+from specjax.files import source as sources
 from specjax.models import layers
-from specjax.quant import rotate, view
 from specjax.quant import rotation as rotations
 from specjax.quant import scheme as schemes
+from specjax.quant import view
 from specjax.quant.linear import QuantizedLinear
+from specjax.quantize import rotate
 from tests import paths
 from tests.checkpoints import folders
 from tests.quant import random_linears

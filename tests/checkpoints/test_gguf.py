@@ -12,10 +12,11 @@ import pytest
 from hypothesis import strategies as st
 
 from specjax import checkpoints
-from specjax.checkpoints import gguf, gguf_file, hub
+from specjax.checkpoints import gguf, gguf_file
 from specjax.config import RopeConfig
 from specjax.errors import CheckpointError, ConfigError
-from specjax.models.layers import Linear
+from specjax.files import hub
+from specjax.quant.dense_linear import Linear
 from tests import paths
 
 TYPE_IDS = {name: number for number, (name, _, _) in gguf_file.TENSOR_TYPES.items()}

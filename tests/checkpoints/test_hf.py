@@ -15,7 +15,7 @@ from specjax import checkpoints
 from specjax.checkpoints import hf
 from specjax.errors import CheckpointError, ConfigError
 from specjax.models import llama
-from specjax.models.layers import Linear
+from specjax.quant.dense_linear import Linear
 from tests import paths
 
 CONFIG = {

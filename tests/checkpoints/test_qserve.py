@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from specjax.checkpoints import marlin, open_checkpoint, qserve
-from specjax.checkpoints import source as sources
 from specjax.errors import CheckpointError
+from specjax.files import source as sources
 from specjax.pallas import weights as semantics
 from specjax.quant import activations
 from tests import paths

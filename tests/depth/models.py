@@ -5,13 +5,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from specjax.config.depth import DepthConfig
 from specjax.depth import router as routing
-from specjax.depth.config import DepthConfig
 from specjax.depth.predictor import Predictor
 from specjax.depth.routed import Routed
 from specjax.depth.selection import OFF, Selection
 from specjax.models import llama
-from specjax.prepare import prepare
+from specjax.models.prepare import prepare
 from tests import tiny
 
 DEPTH = DepthConfig(start_layer=1, reserved_tokens=2, router_width=16)

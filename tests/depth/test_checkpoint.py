@@ -11,11 +11,12 @@ import pytest
 import specjax
 from specjax import checkpoints
 from specjax.checkpoints import export
-from specjax.depth import adapter as adapters
-from specjax.depth import checkpoint, masked
-from specjax.depth.config import DepthConfig
+from specjax.config.depth import DepthConfig
+from specjax.depth import checkpoint
 from specjax.errors import CheckpointError, ConfigError
 from specjax.models import llama
+from specjax.training.depth import adapter as adapters
+from specjax.training.depth import masked
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -107,7 +108,7 @@ def test_routers_stay_in_float32_in_every_format(format, dtype, written, tmp_pat
     _, base, adapter = written
     module = adapters.routed(base, adapter)
     if format == "specjax":
-        from specjax.quant import quantize, recipe
+        from specjax.quantize import quantize, recipe
 
         module = quantize.quantize(module, recipe.make("w8a16", "rtn"))
     export.export(module, module.config, tmp_path / "m", format=format, dtype=dtype)

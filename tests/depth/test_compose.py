@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 import specjax
-from experiments import bench_decode, common, generate
-from specjax import decode as decoding
-from specjax import sampling as sample
+from experiments import bench_decode, generate
+from experiments.shared import common
 from specjax import verify
 from specjax.checkpoints import export
+from specjax.decoding import sampling as sample
 from specjax.depth import predictor as predictors
 from specjax.drafters.self_draft import SelfDraft
-from specjax.engine import Programs
+from specjax.engine import decode as decoding
+from specjax.engine.engine import Programs
 from specjax.errors import CheckpointError, ConfigError
-from specjax.prepare import prepare
-from specjax.quant import quantize, recipe, rotate, rotation
+from specjax.models.prepare import prepare
+from specjax.quant import rotation
+from specjax.quantize import quantize, recipe, rotate
 from tests import ties, tiny
 from tests.depth import models
 

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, depth_report
-from specjax import prepare
+from experiments import depth_report
+from experiments.shared import common
 from specjax.checkpoints import export
-from specjax.depth import adapter as adapters
 from specjax.depth import predictor
 from specjax.errors import ConfigError
+from specjax.models import prepare
+from specjax.training.depth import adapter as adapters
 from tests.depth.test_checkpoint import trained
 
 pytestmark = pytest.mark.usefixtures("hurried")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from specjax.depth import adapter as adapters
-from specjax.depth import masked
+from specjax.config.depth import DepthConfig
 from specjax.depth import router as routing
-from specjax.depth.config import DepthConfig
 from specjax.errors import ConfigError
 from specjax.models import llama
-from specjax.prepare import prepare
+from specjax.models.prepare import prepare
+from specjax.training.depth import adapter as adapters
+from specjax.training.depth import masked
 from tests import tiny
 
 LAYERS, LENGTH = 4, 11

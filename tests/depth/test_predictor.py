@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 import specjax
-from experiments import common, train_predictor
+from experiments import train_predictor
+from experiments.shared import common
 from specjax.checkpoints import export
-from specjax.depth import adapter as adapters
-from specjax.depth import nodes, predictor, regression
+from specjax.decoding.tree import Tree
+from specjax.depth import predictor
 from specjax.drafters import eagle as eagle_drafter
 from specjax.errors import CheckpointError, ConfigError
-from specjax.prepare import prepare
-from specjax.tree import Tree
+from specjax.models.prepare import prepare
+from specjax.training.depth import adapter as adapters
+from specjax.training.depth import nodes, regression
 from tests import tiny
 from tests.depth.test_checkpoint import trained
 

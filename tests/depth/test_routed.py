@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax import cache as kv
-from specjax import decode as decoding
-from specjax import sampling as sample
-from specjax import target as passes
-from specjax import tree as trees
 from specjax import verify
+from specjax.config.depth import DepthConfig
+from specjax.decoding import sampling as sample
+from specjax.decoding import target as passes
+from specjax.decoding import tree as trees
+from specjax.decoding.tree import Tree
 from specjax.depth import router as routing
-from specjax.depth.config import DepthConfig
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
+from specjax.engine import decode as decoding
 from specjax.errors import ConfigError, SpecjaxError
+from specjax.models import cache as kv
 from specjax.models import layers, llama
+from specjax.models.prepare import prepare
 from specjax.pallas.tree_attention import api
-from specjax.prepare import prepare
-from specjax.tree import Tree
 from tests import test_memory as memory
 from tests import tiny
 from tests.depth import models

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from specjax import target as target_pass
-from specjax import tree as trees
+from specjax.decoding import target as target_pass
+from specjax.decoding import tree as trees
+from specjax.decoding.tree import Tree
 from specjax.depth import selection
 from specjax.depth.selection import Selection
-from specjax.tree import Tree
 from tests import tiny
 from tests.depth import models
 from tests.depth import test_routed as routing

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import specjax
-from experiments import common, train_depth
-from specjax.depth import adapter as adapters
-from specjax.depth import masked, training
-from specjax.depth.config import DepthConfig
+from experiments import train_depth
+from experiments.shared import common
+from specjax.config.depth import DepthConfig
 from specjax.errors import ConfigError
 from specjax.scoring import logits
 from specjax.training import batches, loop, text
+from specjax.training.depth import adapter as adapters
+from specjax.training.depth import masked, training
 from tests import paths, tiny
 
 pytestmark = pytest.mark.usefixtures("hurried")

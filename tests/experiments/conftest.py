@@ -6,7 +6,7 @@ import json
 import pytest
 
 import specjax
-from experiments import common
+from experiments.shared import common
 from tests import paths
 
 _load = functools.cache(specjax.load)

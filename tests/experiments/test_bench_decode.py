@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from experiments import bench_decode, common, roofline
+from experiments import bench_decode
+from experiments.shared import common, roofline
 from specjax.errors import ConfigError
 from tests import paths
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import bench_pairs, common
+from experiments import bench_pairs
+from experiments.shared import common
 from specjax.errors import ConfigError
 from tests import paths, tiny
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import common, environment, generate
+from experiments import generate
+from experiments.shared import common, environment
 from specjax.errors import ConfigError
 from tests import paths
 

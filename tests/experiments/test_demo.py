@@ -1,6 +1,7 @@
 import pytest
 
-from experiments import demo, records
+from experiments import demo
+from experiments.shared import records
 
 
 def test_the_demo_compares_drafters(run, tiny, write_rows):

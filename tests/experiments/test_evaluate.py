@@ -9,8 +9,9 @@ import time
 import pytest
 
 import specjax
-from experiments import answering, common, evaluate, rescore
-from specjax import trace
+from experiments import evaluate, rescore
+from experiments.shared import answering, common
+from specjax.engine import trace
 from tests import paths
 from tests import tiny as models
 from tests.experiments import benchmark_data

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments import methods
+from experiments.shared import methods
 from specjax.drafters import registry
 from specjax.errors import CheckpointError
 from tests import paths

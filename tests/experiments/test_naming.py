@@ -1,6 +1,6 @@
 import pytest
 
-from experiments import naming
+from experiments.shared import naming
 
 EAGLE = {"kind": "eagle", "model": "heads/a", "draft_depth": 6, "num_nodes": 60}
 

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from experiments import bench_decode, benchmarks, common, evaluate, generate, preset, similarity
+from experiments import bench_decode, benchmarks, evaluate, generate, similarity
+from experiments.shared import common, preset
 from specjax.drafters import registry
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments import records
+from experiments.shared import records
 from specjax.errors import ConfigError
 
 

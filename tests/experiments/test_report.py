@@ -4,7 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments import answers, figures, report, runs, tables
+from experiments import report
+from experiments.shared import answers, figures, runs, tables
 
 _ENVIRONMENT = {"cpu": "Test CPU", "platform": "cpu", "device_kind": "cpu", "num_cpus": 2}
 

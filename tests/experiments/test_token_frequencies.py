@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import common, token_frequencies
+from experiments import token_frequencies
+from experiments.shared import common
 from specjax.errors import ConfigError
 from tests import paths
 

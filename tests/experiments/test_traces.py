@@ -1,5 +1,5 @@
-from experiments import traces
-from specjax.trace import Step
+from experiments.shared import traces
+from specjax.engine.trace import Step
 
 
 def _step(**changes) -> Step:

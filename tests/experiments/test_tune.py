@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import common, generate, tune
+from experiments import generate, tune
+from experiments.shared import common
 from specjax.errors import ConfigError
 from tests import paths
 

@@ -10,14 +10,15 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from specjax import cache as kv
-from specjax import target as target_pass
-from specjax import tree as trees
+from specjax.decoding import target as target_pass
+from specjax.decoding import tree as trees
+from specjax.models import cache as kv
 from specjax.models import layers, llama
 from specjax.pallas import device
 from specjax.pallas.glue import api, kernels
 from specjax.pallas.glue.parts import Parts
 from specjax.pallas.tree_attention import mosaic
+from specjax.quant.dense_linear import Linear
 from tests import tiny
 
 H200 = device.Gpu(kind="NVIDIA H200", arch=(9, 0), num_sms=6, shared_memory=232448)
@@ -115,7 +116,7 @@ def test_combine(interpret):
 class SplitLinear:
     """A dense linear that offers its product in two parts, padded as the kernels pad it."""
 
-    linear: layers.Linear
+    linear: Linear
 
     def __call__(self, x):
         return self.linear(x)
@@ -140,7 +141,7 @@ def test_a_model_through_these_kernels(monkeypatch, is_chain):
     for layer in plain.model.layers:
         old = layer.self_attn
         weights = [getattr(old, f"{name}_proj").weight[...] for name in "qkv"]
-        fused = layers.Linear(jnp.concatenate(weights))
+        fused = Linear(jnp.concatenate(weights))
         attention = layers.Attention(
             config, qkv_proj=SplitLinear(fused), o_proj=SplitLinear(old.o_proj)
         )

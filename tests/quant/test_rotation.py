@@ -10,9 +10,10 @@ from safetensors.numpy import load_file
 from specjax import checkpoints
 from specjax.errors import CheckpointError, ConfigError
 from specjax.models import llama
-from specjax.quant import hadamard, rotate, rotation, rtn, scheme, view
+from specjax.quant import hadamard, rotation, scheme, view
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.rotation import RotatedInput
+from specjax.quantize import rotate, rtn
 from tests import paths
 from tests.quant import tiny_llama
 

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from specjax import errors
-from specjax.models.layers import Linear
 from specjax.pallas import weights
 from specjax.quant import activations, view
+from specjax.quant.dense_linear import Linear
 from specjax.quant.scheme import SCHEMES, lookup
 from tests.quant import random_linears as draw
 

@@ -7,6 +7,7 @@ import numpy as np
 from specjax.config import ModelConfig, RopeConfig
 from specjax.models import layers as nn
 from specjax.models.llama import Llama, LlamaModel
+from specjax.quant.dense_linear import Linear
 
 VOCAB = 96
 
@@ -46,7 +47,7 @@ def make(seed: int = 0, **changes) -> Llama:
         return jnp.asarray(scale * generator.standard_normal(shape), jnp.float32)
 
     def linear(rows, columns, bias):
-        return nn.Linear(array(rows, columns), array(rows) if bias else None)
+        return Linear(array(rows, columns), array(rows) if bias else None)
 
     def norm():
         gain = generator.uniform(0.5, 1.5, config.hidden_size)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax import cache as kv
-from specjax import target as passes
+from specjax.decoding import target as passes
+from specjax.models import cache as kv
 from specjax.models import layers
 from specjax.training import initial, losses, vocabulary
 from specjax.training.batches import Batch

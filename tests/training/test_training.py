@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specjax
-from experiments import common, own_text, train_eagle
+from experiments import train_eagle
+from experiments.shared import common, own_text
 from specjax.checkpoints import heads
 from specjax.errors import ConfigError
 from specjax.training import batches, features, initial, loop, losses, text, vocabulary

@@ -1,0 +1,1 @@
+"""One step's vocabulary: trees, the target's pass over them, sampling."""

@@ -1,0 +1,140 @@
+"""From logits to distributions and from distributions to tokens.
+
+The same filtered distribution is used to draft, to accept and to resample, which is what makes sampling lossless with
+respect to the *filtered* target.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt32
+
+from specjax.decoding import filters
+from specjax.errors import ConfigError
+
+_CHUNK = 512
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; values are traced, so that changing them does not recompile.
+
+    Attributes:
+        temperature: scalar > 0; not read when greedy.
+        top_k: scalar, number of tokens kept; the vocabulary size or more keeps all.
+        top_p: scalar in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept.
+        greedy: static; take the most likely token.
+        filtered: static; whether top_k or top_p does anything (skips looking for what they keep otherwise).
+        with_q: static; language models that draft greedily tell their distributions all the same.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    greedy: bool = field(metadata={"static": True})
+    filtered: bool = field(metadata={"static": True})
+    with_q: bool = field(default=False, metadata={"static": True})
+
+
+def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+    """Checks user values and builds a `Sampling`.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        top_k: 0 keeps the whole vocabulary.
+        top_p: 1.0 keeps the whole vocabulary.
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"{temperature=}: must be 0 (greedy) or a positive number")
+    if top_k < 0:
+        raise ConfigError(f"{top_k=}: must be 0 (off) or a number of tokens")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{top_p=}: must be in (0, 1]; 1 is off")
+    greedy = temperature == 0
+    return Sampling(
+        temperature=jnp.float32(temperature or 1.0),
+        top_k=jnp.int32(top_k or jnp.iinfo(jnp.int32).max),
+        top_p=jnp.float32(top_p),
+        greedy=greedy,
+        filtered=not greedy and (top_k > 0 or top_p < 1),
+    )
+
+
+def probabilities(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
+    """The distribution that tokens are drawn from: temperature, then top-k, then top-p, renormalised; float32.
+
+    A token that ties with the k-th best is kept too, as is one that ties with the last of the top-p set.
+    """
+    scaled = logits.astype(jnp.float32) / sampling.temperature
+    if not sampling.filtered:
+        return jax.nn.softmax(scaled, axis=-1)
+    inside = filters.kept(scaled, sampling.top_k, sampling.top_p)
+    return jax.nn.softmax(jnp.where(inside, scaled, -jnp.inf), axis=-1)
+
+
+def draw(keys: UInt32[Array, "B 2"], probs: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """One token per sequence by the Gumbel trick; rows need not be normalised but must have some mass."""
+    return jax.vmap(lambda key, row: jax.random.categorical(key, jnp.log(row)))(
+        wrap(keys), probs
+    ).astype(jnp.int32)
+
+
+def choose(
+    keys: UInt32[Array, "B 2"], logits: Float[Array, "B V"], sampling: Sampling
+) -> Int[Array, "B"]:
+    """Next token from target logits: argmax when greedy, else a draw from `probabilities`."""
+    if sampling.greedy:
+        return most_likely(logits)
+    return draw(keys, probabilities(logits, sampling))
+
+
+def most_likely(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    """The token of the largest logit, ties to the lower token id."""
+
+    # XLA's CPU backend vectorizes the largest value, not its place: only within the chunk that has it is it looked for.
+    width = math.gcd(logits.shape[-1], _CHUNK)
+
+    def by_chunks(logits):
+        chunks = logits.reshape(*logits.shape[:-1], -1, width)
+        best = jnp.argmax(jnp.max(chunks, axis=-1), axis=-1, keepdims=True)
+        chunk = jnp.take_along_axis(chunks, best[..., None], axis=-2)[..., 0, :]
+        return (best[..., 0] * width + jnp.argmax(chunk, axis=-1)).astype(jnp.int32)
+
+    def at_once(logits):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return lax.platform_dependent(logits, cpu=by_chunks, default=at_once)
+
+
+def log_top_k(
+    logits: Float[Array, "... V"], k: int
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
+    """The k largest log-probabilities, descending, ties to the lower token id; float32 and int32."""
+    values, tokens = lax.top_k(logits.astype(jnp.float32), k)
+    return values - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1, keepdims=True), tokens
+
+
+def request_keys(seed: int, request_ids) -> UInt32[Array, "B 2"]:
+    """Base key of each request; it depends on seed and request id only, never on slot or order."""
+    ids = jnp.asarray(request_ids, jnp.uint32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(ids)
+    return jax.random.key_data(keys)
+
+
+def fold(
+    keys: UInt32[Array, "B 2"], data: Int[Array, "B"] | Int[Array, ""] | int
+) -> UInt32[Array, "B 2"]:
+    """Derives a key per sequence, e.g. from its position or from the number of a draw within a step."""
+    data = jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape[:1])
+    return jax.random.key_data(jax.vmap(jax.random.fold_in)(wrap(keys), data))
+
+
+def wrap(keys: UInt32[Array, "B 2"]):
+    """Raw key words as a typed key array. State holds the words, which slice and scatter like any array."""
+    return jax.random.wrap_key_data(keys)

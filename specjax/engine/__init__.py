@@ -1,0 +1,1 @@
+"""The loop that decodes, and the batches it runs."""

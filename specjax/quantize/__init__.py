@@ -1,0 +1,1 @@
+"""Making codes: rounding methods, calibration layer by layer, rotations, the self-check."""

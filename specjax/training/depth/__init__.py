@@ -1,0 +1,1 @@
+"""Training routers and predictors of token-adaptive depth."""
