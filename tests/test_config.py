@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from specjax.config import ModelConfig, RopeConfig
-from specjax.config import model as configs
 from specjax.errors import ConfigError
 
 BASE = {
@@ -138,7 +137,9 @@ def test_draft_head_configuration_is_accepted():
     assert (head.num_layers, head.rope.theta, head.head_dim) == (1, 5e5, 64)
 
 
-@pytest.mark.parametrize("architecture", ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"))
+@pytest.mark.parametrize(
+    "architecture", ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+)
 @pytest.mark.parametrize("rope", [{}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}])
 @pytest.mark.parametrize("eos", [None, 1, [1, 2]])
 def test_to_hf_round_trip(architecture, rope, eos):

@@ -118,8 +118,8 @@ def export(
         CheckpointError: the format is unknown or cannot hold the model; or `path` is taken.
         FileNotFoundError: one of `extra_files` does not exist.
     """
-    layout = config.declaration.layout
-    online, items = _is_rotated_online(module), list(_in_files(parameters(module), layout))
+    names = config.declaration.layout
+    online, items = _is_rotated_online(module), list(_in_files(parameters(module), names))
     linears = {name: item for name, item in items if isinstance(item, QuantizedLinear)}
     dense = tuple(name for name, item in items if isinstance(item, Linear))
     dtype = dtype or jnp.dtype(module.dtype).name
@@ -132,15 +132,15 @@ def export(
     if quantization is not None:
         fields["quantization_config"] = quantization
     routed = {} if module.depth is None else routers.tensors(module.depth.routers, config.depth)
-    routed = {layout.stored(name): values for name, values in routed.items()}
+    routed = {names.stored(name): values for name, values in routed.items()}
     with writer.whole_folder(path, overwrite) as folder:
-        packed = (pair for name, item in items for pair in _pack(name, item, format, dtype, layout))
+        packed = (pair for name, item in items for pair in _pack(name, item, format, dtype, names))
         packed = itertools.chain(packed, routed.items())
         if layout == "orbax":
             orbax_store.save(folder / orbax_store.FOLDER, dict(packed))
         else:
-            names = [*(name for name, _ in items), *routed]
-            space = writer.header_space(names, _TENSORS_PER_LINEAR)
+            written = [*(name for name, _ in items), *routed]
+            space = writer.header_space(written, _TENSORS_PER_LINEAR)
             writer.write_shards(folder, packed, shard_bytes=shard_bytes, header_bytes=space)
         for file in extra_files:
             shutil.copyfile(file, folder / file.name)
@@ -176,7 +176,10 @@ def parameters(
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
             yield f"{prefix}.self_attn.{leaf}", _stored(getattr(attention, leaf))
         for leaf in ("q_norm", "k_norm"):
-            yield from _norm(f"{prefix}.self_attn.{leaf}", {f"{prefix}.self_attn.{leaf}": getattr(attention, leaf)})
+            yield from _norm(
+                f"{prefix}.self_attn.{leaf}",
+                {f"{prefix}.self_attn.{leaf}": getattr(attention, leaf)},
+            )
         yield from _norm(f"{prefix}.attention_output_norm", norms)
         yield from _norm(f"{prefix}.post_attention_layernorm", norms)
         for leaf in ("gate_proj", "up_proj", "down_proj"):

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.checkpoints import inventory
+from specjax.checkpoints import stored_settings
 from specjax.checkpoints.base import LinearFormat
 from specjax.checkpoints.names import Names, Place
 from specjax.config import DTYPES, ModelConfig
@@ -159,7 +159,7 @@ def open_folder(path: Path) -> HFCheckpoint:
         raise ConfigError(f"{path / 'config.json'}: {error}") from error
     manifest.read(path)
     source = sources.open_source(path)
-    config = inventory.settled(path, config, hf_config, source)
+    config = stored_settings.settled(path, config, hf_config, source)
     if not any(fields.get(name) for fields in _homes(hf_config) for name in _DTYPES):
         config = _stored_dtype(config, source)
     linear_format = formats.detect(_quantization_config(path, hf_config), source, hf_config)

@@ -192,7 +192,9 @@ def read_rope(
     renamed: dict[str, str] | None = None,
 ) -> RopeConfig:
     """One rotary embedding from the object `stated`, called `name`; see `RopeConfig.from_hf`."""
-    base = read.settle({f"{name}.rope_theta": stated.get("rope_theta"), theta_field: config.get(theta_field)})
+    base = read.settle(
+        {f"{name}.rope_theta": stated.get("rope_theta"), theta_field: config.get(theta_field)}
+    )
     theta = theta if base is None else read.positive("rope_theta", base)
     kind = read.settle(
         {f"{name}.rope_type": stated.get("rope_type"), f"{name}.type": stated.get("type")}

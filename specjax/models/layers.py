@@ -57,6 +57,9 @@ def causal_block(
     )
 
 
+PLAIN = LayerKind()
+
+
 class Embedding(nnx.Module):
     """Token embedding table [V, D]; also the output head of models with tied embeddings."""
 
@@ -219,7 +222,7 @@ class Attention(nnx.Module):
         qkv_proj=None,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
-        kind: LayerKind = LayerKind(),
+        kind: LayerKind = PLAIN,
         backend: dispatch.Backend = "auto",
     ):
         self.config, self.backend, self.kind = config, backend, kind
@@ -319,7 +322,7 @@ _ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward (SwiGLU, GeGLU): holds `gate_proj` and `up_proj`, or the fused `gate_up_proj` (after `prepare`).
+    """Gated feed-forward (SwiGLU, GeGLU): holds `gate_proj` and `up_proj`, or (after `prepare`) `gate_up_proj`.
 
     With `up_proj` alone there is no gate.
     """

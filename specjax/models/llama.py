@@ -244,7 +244,7 @@ def build_layer(checkpoint, index: int, dtype) -> nn.DecoderLayer:
 
 
 def build_attention(
-    checkpoint, prefix: str, in_features: int, dtype, kind: LayerKind = LayerKind()
+    checkpoint, prefix: str, in_features: int, dtype, kind: LayerKind = nn.PLAIN
 ) -> nn.Attention:
     """Attention with HF names below `prefix`; `in_features` is the width of the q, k and v inputs."""
     config = checkpoint.config
@@ -290,7 +290,7 @@ def build_mlp(checkpoint, prefix: str, dtype) -> nn.MLP:
 
 
 def build_norm(checkpoint, name: str, dtype, size: int | None = None) -> nn.Norm:
-    """A norm from `<name>.weight` (and `<name>.bias`), kept in the compute dtype; `size` is the model's width if None."""
+    """A norm from `<name>.weight` (and `<name>.bias`), in the compute dtype; `size` None is the model's width."""
     config = checkpoint.config
     shape = (config.hidden_size if size is None else size,)
     weight = jnp.asarray(checkpoint.tensor(f"{name}.weight", shape), dtype)

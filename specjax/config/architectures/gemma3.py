@@ -30,7 +30,10 @@ def _ropes(config: Settings) -> Settings:
 
 
 def _settings(config: Settings) -> Settings:
-    count, window = read.size(config, "num_hidden_layers"), read.size(config, "sliding_window", 4096)
+    count, window = (
+        read.size(config, "num_hidden_layers"),
+        read.size(config, "sliding_window", 4096),
+    )
     pattern = read.size(config, "sliding_window_pattern", 6)
     types = [parts.SLIDING if (i + 1) % pattern else parts.FULL for i in range(count)]
     windows = parts.typed_windows(config, types, window)

@@ -78,7 +78,7 @@ def init(key: Array, model: ModelConfig, config: DepthConfig, rank: int) -> Adap
 
 
 def check_base(model: Llama) -> None:
-    """Raises ConfigError unless the model can be trained and merged: dense projections, one by one, in Llama's layers."""
+    """Raises ConfigError unless the model can be trained and merged: dense projections, in layers like Llama's."""
     settings = ("norm_placement", "windows", "query_scale", "layer_scales", "score_softcap")
     for name in (*settings, "residual_multiplier"):
         default = ModelConfig.__dataclass_fields__[name].default

@@ -45,17 +45,13 @@ def settled(
 
 
 def _check_unread(path: Path, config: ModelConfig, names: Names) -> None:
-    unread = names.unread()
-    for name in unread:
+    for name in names.unread():
         if names.in_layers(name) and name.endswith((".weight", ".bias", ".qweight", ".codes")):
             raise CheckpointError(
                 f"{name} in {path} has no place in {config.architecture} with num_hidden_layers = "
                 f"{config.num_layers}, norm_placement = {config.norm_placement!r} and qk_norm = {config.qk_norm!r}: "
                 "config.json and weights are of two models"
             )
-    if unread:
-        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
-        _log.warning("%s: %s: not part of the language model, left unread", path, shown)
 
 
 def _with_head(path, config, hf_config, source, names: Names) -> ModelConfig:
@@ -75,8 +71,8 @@ def _with_head(path, config, hf_config, source, names: Names) -> ModelConfig:
     flags = [home.get("tie_word_embeddings") for home in _homes(hf_config)]
     if False in flags:
         raise CheckpointError(
-            f"{prefix}.weight is missing from {path}, and tie_word_embeddings = false says that it is not the embedding; "
-            "set it to true if the model has no output head of its own"
+            f"{prefix}.weight is missing from {path}, and tie_word_embeddings = false says that the embedding does not "
+            "take its place; set it to true if the model has no output head of its own"
         )
     _log.warning(
         "%s: no %s.weight is stored and nothing says tie_word_embeddings: the embedding is the output head",
