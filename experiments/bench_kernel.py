@@ -129,7 +129,7 @@ def jobs(values: flags.FlagValues, gpu: device.Gpu) -> Iterator[Job]:
 
 def matmul_job(op: str, name: str, spec, rows: int, dtype: str, arch) -> Job:
     """A product of `rows` rows with a packed weight."""
-    from specjax.pallas.mosaic import packed
+    from specjax.pallas.matmul import packed
 
     kernel = importlib.import_module(f"specjax.pallas.{op}.mosaic").matmul
     reference = importlib.import_module(f"specjax.pallas.{op}.reference").matmul
@@ -265,11 +265,11 @@ def write_tuned(op: str, values: flags.FlagValues, gpu: device.Gpu) -> Path:
 
 def _tuned_entry(op, name, spec, counts, dtype, gpu) -> dict[str, Any]:
     """The splits that are best over all row counts, and for each row tile the best steps and stages under them."""
-    from specjax.pallas.mosaic import matmul, tiles
-    from specjax.pallas.mosaic.plan import Config
+    from specjax.pallas.matmul import mosaic, tiles
+    from specjax.pallas.matmul.plan import Config
 
     form, best = spec.weight().form, {}
-    row_tiles = sorted({matmul.m_tile(count, spec.operand_bits, gpu.arch) for count in counts})
+    row_tiles = sorted({mosaic.m_tile(count, spec.operand_bits, gpu.arch) for count in counts})
     first = tiles.heuristic(form, row_tiles[0], spec.operand_bits, gpu)
     options = sorted({max(1, first.splits + change) for change in (-2, -1, 0, 1, 2, 4)})
     for splits in options:

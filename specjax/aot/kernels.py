@@ -77,16 +77,16 @@ def _attention_cases(models, rows, arch, dtype) -> Iterator[Case]:
 
 
 def _matmul_cases(op, models, rows, target: Gpu, dtype) -> Iterator[Case]:
-    from specjax.pallas.mosaic import matmul, tiles
+    from specjax.pallas.matmul import mosaic, tiles
 
     folder = f"specjax.pallas.{op}"
-    mosaic, specs = (importlib.import_module(f"{folder}.{part}") for part in ("mosaic", "specs"))
+    launch, specs = (importlib.import_module(f"{folder}.{part}") for part in ("mosaic", "specs"))
     for name, spec in specs.SPECS.items():
         if name.partition("/")[0] not in models:
             continue
         form, bits = spec.weight().form, spec.operand_bits
         for count in rows:
-            tile = matmul.m_tile(count, bits, target.arch)
+            tile = mosaic.m_tile(count, bits, target.arch)
             config = tiles.lookup(op, form, tile, bits, target)
             extra = {}
             if bits == 8 and spec.minima:
@@ -94,9 +94,9 @@ def _matmul_cases(op, models, rows, target: Gpu, dtype) -> Iterator[Case]:
             yield Case(
                 op=op,
                 name=f"{name}/{count} rows" + (f"/{dtype}" if bits == 16 else ""),
-                function=_positional(functools.partial(mosaic.matmul, arch=target.arch, **extra)),
+                function=_positional(functools.partial(launch.matmul, arch=target.arch, **extra)),
                 arguments={"arguments": tuple(spec.arguments(count, jnp.dtype(dtype)))},
-                weights_per_thread=matmul.weights_per_thread(config),
+                weights_per_thread=mosaic.weights_per_thread(config),
             )
 
 
@@ -118,7 +118,7 @@ def _triton_cases(models, rows, target: Gpu, dtype) -> Iterator[Case]:
 
 def _glue_cases(models, rows, dtype) -> Iterator[Case]:
     from specjax.pallas.glue import kernels
-    from specjax.pallas.mosaic.specs import MODELS
+    from specjax.pallas.matmul.specs import MODELS
     from specjax.pallas.tree_attention import specs
 
     for model in models:

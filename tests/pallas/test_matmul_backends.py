@@ -9,12 +9,12 @@ import pytest
 
 from specjax import errors
 from specjax.pallas import device, tuned
+from specjax.pallas.matmul import backends, mosaic, packed, tiles
+from specjax.pallas.matmul.plan import Config, Plan
+from specjax.pallas.matmul.specs import MODELS
 from specjax.pallas.matmul_w4a4 import api as matmul_w4a4
 from specjax.pallas.matmul_w4a8 import api as matmul_w4a8
 from specjax.pallas.matmul_w4a16 import api as matmul_w4a16
-from specjax.pallas.mosaic import implementations, matmul, packed, tiles
-from specjax.pallas.mosaic.plan import Config, Plan
-from specjax.pallas.mosaic.specs import MODELS
 from specjax.quant.scheme import lookup
 from tests.quant import random_linears as draw
 
@@ -64,7 +64,7 @@ def test_reasons_of_a_refusal_on_a_gpu():
 
 def test_prompts_go_through_the_decoded_weight():
     linear = draw.make(lookup("w4a16"), 64, 128, 32)
-    rows = implementations.MAX_ROWS + 1
+    rows = backends.MAX_ROWS + 1
     with device.targeting(tiles.typical((9, 0))):
         found = matmul_w4a16.matmul(half(rows, 128), packed.pack(linear, 16), backend="mosaic")
     wanted = matmul_w4a16.matmul(half(rows, 128), linear, backend="xla")
@@ -80,12 +80,12 @@ def test_tiles_of_models(n, k, arch):
         weight = form(n, k, **fields)
         bits = weight.operand_bits
         configs = [
-            tiles.heuristic(weight, matmul.m_tile(rows, bits, arch), bits, gpu) for rows in ROWS
+            tiles.heuristic(weight, mosaic.m_tile(rows, bits, arch), bits, gpu) for rows in ROWS
         ]
         assert len({config.splits for config in configs}) == 1
         for rows, config in zip(ROWS, configs, strict=True):
             used = config.num_stages * tiles.stage_bytes(
-                weight, matmul.m_tile(rows, bits, arch), bits, config.tiles_per_step, gpu
+                weight, mosaic.m_tile(rows, bits, arch), bits, config.tiles_per_step, gpu
             )
             assert used <= gpu.shared_memory
             assert weight.split_tiles % config.tiles_per_step == 0
@@ -106,11 +106,11 @@ def test_splits_cover_every_tile_once():
 
 
 def _plan(weight: packed.Form, config: Config) -> Plan:
-    from specjax.pallas.mosaic import dequantize
+    from specjax.pallas.matmul import registers
 
     return Plan(
         form=weight,
-        operand=dequantize.Operand(dtype=jnp.dtype(jnp.float16), unit="wgmma", arch=(9, 0)),
+        operand=registers.Operand(dtype=jnp.dtype(jnp.float16), unit="wgmma", arch=(9, 0)),
         config=config,
         rows=8,
         m_tile=8,
@@ -124,11 +124,11 @@ def _plan(weight: packed.Form, config: Config) -> Plan:
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_row_tiles_hold_the_rows(arch, bits):
     for rows in range(1, 65):
-        tile = matmul.m_tile(rows, bits, arch)
+        tile = mosaic.m_tile(rows, bits, arch)
         assert rows <= tile <= 64 and tile % 8 == 0
         if arch == (9, 0) and bits == 8:
             assert tile not in (40, 56)  # wgmma has no such int8 shape
-    assert matmul.m_tile(200, bits, arch) == 64
+    assert mosaic.m_tile(200, bits, arch) == 64
 
 
 def test_tuned_tiles_are_taken(monkeypatch):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from specjax.pallas import weights
+from specjax.pallas.matmul import packed
 from specjax.pallas.matmul_w4a4 import api as matmul_w4a4
 from specjax.pallas.matmul_w4a8 import api as matmul_w4a8
 from specjax.pallas.matmul_w4a16 import api as matmul_w4a16
 from specjax.pallas.matmul_w8a8 import api as matmul_w8a8
 from specjax.pallas.matmul_w8a16 import api as matmul_w8a16
-from specjax.pallas.mosaic import packed
 from specjax.quant import activations
 from specjax.quant.scheme import lookup
 from tests.pallas.test_packed import qoq

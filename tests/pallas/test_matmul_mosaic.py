@@ -1,7 +1,7 @@
 """The matmul kernels in Mosaic's interpreter against their references, races included.
 
 The interpreter has neither wgmma with a register operand, nor mma.sync, nor inline assembly, so
-there a kernel widens codes and multiplies with plain array operations (`dequantize.widen`,
+there a kernel widens codes and multiplies with plain array operations (`registers.widen`,
 `_emulated_product`). Everything else is the code that is compiled: tiles, pipeline, barriers,
 tables, sums of groups, splits, stores. What is replaced is covered by `test_layouts.py` and
 `test_bit_tricks.py`.
@@ -18,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from specjax import errors
 from specjax.pallas import weights
-from specjax.pallas.mosaic import packed
-from specjax.pallas.mosaic.plan import Config
+from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.plan import Config
 from specjax.quant import activations
 from specjax.quant.scheme import lookup
 from tests.pallas.test_packed import qoq

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from specjax.pallas import weights
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed
 from specjax.quant.scheme import lookup
 from tests.quant import random_linears as draw
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specjax import errors
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed
 from specjax.quant.scheme import lookup
 from tests.quant import random_linears as draw
 

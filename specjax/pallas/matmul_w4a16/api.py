@@ -3,10 +3,10 @@
 from jaxtyping import Array, Float
 
 from specjax.pallas import dispatch, weights
+from specjax.pallas.matmul import backends, packed
 from specjax.pallas.matmul_w4a16 import reference
-from specjax.pallas.mosaic import implementations, packed
 
-IMPLEMENTATIONS = implementations.of_floats("matmul_w4a16", 4, reference.matmul, triton=True)
+IMPLEMENTATIONS = backends.of_floats("matmul_w4a16", 4, reference.matmul, triton=True)
 
 
 def matmul(

@@ -1,6 +1,6 @@
 """Weights at which `matmul_w4a16` is compiled, tested and timed: groups of 128, and its other forms."""
 
-from specjax.pallas.mosaic import specs
+from specjax.pallas.matmul import specs
 
 SPECS = specs.of_models(
     {

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.pallas import device
-from specjax.pallas.mosaic import packed
-from specjax.pallas.mosaic.packed import TILE, PackedWeight
+from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.packed import TILE, PackedWeight
 
 # Rows per block that Triton's dot takes.
 _ROW_TILES = (16, 32, 64)

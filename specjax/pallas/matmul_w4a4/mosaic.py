@@ -6,7 +6,7 @@ are widened to int8 on the way in, as they are wherever a second level makes int
 
 import functools
 
-from specjax.pallas.mosaic import matmul as shared
+from specjax.pallas.matmul import mosaic as shared
 
 # See `mosaic.matmul.integer_matmul` for arguments and result.
 matmul = functools.partial(shared.integer_matmul, name="matmul_w4a4")

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas import dispatch, weights
+from specjax.pallas.matmul import backends, packed
 from specjax.pallas.matmul_w4a8 import reference
-from specjax.pallas.mosaic import implementations, packed
 
-IMPLEMENTATIONS = implementations.of_integers("matmul_w4a8", 4, reference.matmul)
+IMPLEMENTATIONS = backends.of_integers("matmul_w4a8", 4, reference.matmul)
 
 
 def matmul(

@@ -1,6 +1,6 @@
 """Weights at which `matmul_w4a8` is compiled, tested and timed: per channel, and its other forms."""
 
-from specjax.pallas.mosaic import specs
+from specjax.pallas.matmul import specs
 
 _QOQ = dict(levels="qoq", signed=False, zeros=True, scale_dtype="int8", group_size=128)
 SPECS = specs.of_models(

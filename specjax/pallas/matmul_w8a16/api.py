@@ -3,10 +3,10 @@
 from jaxtyping import Array, Float
 
 from specjax.pallas import dispatch, weights
+from specjax.pallas.matmul import backends, packed
 from specjax.pallas.matmul_w8a16 import reference
-from specjax.pallas.mosaic import implementations, packed
 
-IMPLEMENTATIONS = implementations.of_floats("matmul_w8a16", 8, reference.matmul)
+IMPLEMENTATIONS = backends.of_floats("matmul_w8a16", 8, reference.matmul)
 
 
 def matmul(

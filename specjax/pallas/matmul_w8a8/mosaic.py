@@ -2,7 +2,7 @@
 
 import functools
 
-from specjax.pallas.mosaic import matmul as shared
+from specjax.pallas.matmul import mosaic as shared
 
 # See `mosaic.matmul.integer_matmul` for arguments and result.
 matmul = functools.partial(shared.integer_matmul, name="matmul_w8a8")

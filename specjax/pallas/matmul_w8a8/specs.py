@@ -1,6 +1,6 @@
 """Weights at which `matmul_w8a8` is compiled, tested and timed: per channel, and in groups."""
 
-from specjax.pallas.mosaic import specs
+from specjax.pallas.matmul import specs
 
 SPECS = specs.of_models(
     {"g128": dict(group_size=128)},

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from specjax import errors
-from specjax.pallas.mosaic import dequantize, packed
+from specjax.pallas.matmul import packed, registers
 
 TILE = packed.TILE
 
@@ -49,7 +49,7 @@ class Plan:
     """
 
     form: packed.Form
-    operand: dequantize.Operand
+    operand: registers.Operand
     config: Config
     rows: int
     m_tile: int
@@ -91,7 +91,7 @@ class Plan:
     def factor(self) -> int:
         """By which accumulators exceed sums of codes times inputs."""
         narrow = self.form.code_bits == 4 and self.operand.bits == 8 and not self.rescales
-        return dequantize.INT4_IN_INT8 if narrow else 1
+        return registers.INT4_IN_INT8 if narrow else 1
 
     @property
     def shifts_late(self) -> bool:

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from specjax.pallas.mosaic import layouts
+from specjax.pallas.matmul import columns
 
 _Layout = plgpu.Layout
 
@@ -167,7 +167,7 @@ def operand_rows(operand: Operand):
 
 
 def _emulated(codes, code_bits: int, operand: Operand, scales):
-    values = layouts.from_memory(codes.astype(jnp.int8), code_bits, operand.bits)
+    values = columns.from_memory(codes.astype(jnp.int8), code_bits, operand.bits)
     if scales is not None:
         product = values.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
         return jnp.round(product).astype(jnp.int8)

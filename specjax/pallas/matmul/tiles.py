@@ -2,8 +2,8 @@
 
 from specjax.pallas import device, tuned
 from specjax.pallas.device import Gpu
-from specjax.pallas.mosaic import packed
-from specjax.pallas.mosaic.plan import TILE, Config
+from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.plan import TILE, Config
 
 # Compute capabilities that there are kernels for, and the multiprocessors of a typical device.
 _NUM_SMS = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128}

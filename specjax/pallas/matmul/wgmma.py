@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from specjax.pallas.mosaic import dequantize, folding
-from specjax.pallas.mosaic.plan import TILE, Plan
+from specjax.pallas.matmul import folding, registers
+from specjax.pallas.matmul.plan import TILE, Plan
 
 _Layout = plgpu.Layout
 _COMPUTE_GROUPS = 2
@@ -153,12 +153,12 @@ def _widened(plan: Plan, ring, slot, rows, unit: int):
     if plan.unit < TILE:
         codes = codes[:, column % TILE : column % TILE + plan.unit]
     scales = _table(plan, ring, slot, rows, unit, "scales") if plan.rescales else None
-    return dequantize.widen(codes, plan.operand, scales)
+    return registers.widen(codes, plan.operand, scales)
 
 
 def _table(plan: Plan, ring, slot, rows, unit: int, key: str):
     """The entries of one unit for the group's outputs."""
-    return plgpu.load(ring[key].at[slot, unit, rows], layout=dequantize.operand_rows(plan.operand))
+    return plgpu.load(ring[key].at[slot, unit, rows], layout=registers.operand_rows(plan.operand))
 
 
 def _sums(ring, slot, unit: int):

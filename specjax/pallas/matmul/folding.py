@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.pallas.mosaic.plan import Plan
+from specjax.pallas.matmul.plan import Plan
 
 
 def add_group(plan: Plan, total, part, table: Callable, sums: Callable):

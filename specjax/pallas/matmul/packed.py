@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from specjax import errors
 from specjax.pallas import weights
-from specjax.pallas.mosaic import layouts
+from specjax.pallas.matmul import columns
 
 TILE = 128
 GROUP_SIZES = (32, 64, 128)
@@ -243,9 +243,9 @@ def _tiled_codes(codes: Shaped[Array, "N K"], form: Form) -> Shaped[Array, "I J 
     codes = codes.astype(jnp.uint8 if not form.signed else jnp.int8)
     if not form.signed:
         codes = jax.lax.bitcast_convert_type(codes - jnp.uint8(form.half), jnp.int8)
-    rows, columns = form.n_tiles * TILE, form.k_tiles * TILE
-    codes = jnp.pad(codes, ((0, rows - codes.shape[0]), (0, columns - codes.shape[1])))
-    codes = layouts.to_memory(codes, form.code_bits, form.operand_bits)
+    rows, width = form.n_tiles * TILE, form.k_tiles * TILE
+    codes = jnp.pad(codes, ((0, rows - codes.shape[0]), (0, width - codes.shape[1])))
+    codes = columns.to_memory(codes, form.code_bits, form.operand_bits)
     codes = codes.reshape(form.n_tiles, TILE, form.k_tiles, TILE).swapaxes(1, 2)
     if form.code_bits == 8:
         return codes
@@ -288,7 +288,7 @@ def signed_codes(packed: PackedWeight) -> Shaped[Array, "N K"]:
         codes = jnp.stack([_nibbles(codes << jnp.uint8(4)), _nibbles(codes)], axis=-1)
         codes = codes.reshape(*packed.codes.shape[:-1], TILE)
     codes = codes.swapaxes(1, 2).reshape(form.n_tiles * TILE, form.k_tiles * TILE)
-    codes = layouts.from_memory(codes, form.code_bits, form.operand_bits)
+    codes = columns.from_memory(codes, form.code_bits, form.operand_bits)
     return codes[: form.out_features, : form.in_features]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from specjax.pallas import device, dispatch
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed
 
 # More rows than this are a prompt: the weight is decoded once and multiplied by XLA's matmul.
 MAX_ROWS = 256

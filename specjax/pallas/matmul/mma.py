@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from specjax.pallas.mosaic import dequantize, folding
-from specjax.pallas.mosaic.plan import TILE, Plan
+from specjax.pallas.matmul import folding, registers
+from specjax.pallas.matmul.plan import TILE, Plan
 
 _Layout = plgpu.Layout
 _ROWS = 64
@@ -128,7 +128,7 @@ def _add_step(plan: Plan, inputs, total, x_smem, codes_smem, first_unit, column,
         )
         if plan.unit < TILE:
             codes = codes[:, offset % TILE : offset % TILE + plan.unit]
-        weight = dequantize.widen(codes, plan.operand, table("scales") if plan.rescales else None)
+        weight = registers.widen(codes, plan.operand, table("scales") if plan.rescales else None)
         x = x_smem.at[:, _block(unit, plan.unit)]
         if not plan.group:
             total = _product(plan, total, weight, x)
@@ -153,7 +153,7 @@ def _table(plan: Plan, inputs, unit, column, key: str):
     """The entries of one unit for the block's outputs."""
     entries = inputs[key].shape[0] // plan.form.n_tiles
     ref = inputs[key].at[column[0] * entries + unit, _block(column[1], _ROWS)]
-    return plgpu.load(ref, layout=dequantize.operand_rows(plan.operand), optimized=False)
+    return plgpu.load(ref, layout=registers.operand_rows(plan.operand), optimized=False)
 
 
 def _sums(plan: Plan, inputs, unit, m):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas import device
-from specjax.pallas.mosaic import dequantize, layouts, mma_matmul, packed, tiles, wgmma_matmul
-from specjax.pallas.mosaic.plan import TILE, Config, Plan
+from specjax.pallas.matmul import columns, mma, packed, registers, tiles, wgmma
+from specjax.pallas.matmul.plan import TILE, Config, Plan
 
 _LARGEST_TILE = 64
 # Rows that wgmma takes: multiples of 8; with int8 operands only some.
@@ -138,7 +138,7 @@ def _operand_dtype(dtype, form: packed.Form, arch: tuple[int, int]):
 
 def _plan(x, weight, name: str, arch, config, interpret, *, inner_minima: bool) -> Plan:
     form = weight.form
-    operand = dequantize.Operand(
+    operand = registers.Operand(
         dtype=jnp.dtype(x.dtype),
         unit="wgmma" if arch[0] == 9 else "mma",
         arch=arch,
@@ -168,12 +168,12 @@ def _with_dtype(plan: Plan, dtype) -> Plan:
 def _padded(x: Shaped[Array, "M K"], plan: Plan) -> Shaped[Array, "R J"]:
     """x padded to whole tiles; its columns follow those of weights packed for other operands."""
     form, bits = plan.form, plan.operand.bits
-    columns = form.k_tiles * TILE
-    x = jnp.pad(x, ((0, plan.rows - len(x)), (0, columns - x.shape[1])))
+    width = form.k_tiles * TILE
+    x = jnp.pad(x, ((0, plan.rows - len(x)), (0, width - x.shape[1])))
     if form.operand_bits == bits:
         return x
-    stored = layouts.to_memory(x, form.code_bits, form.operand_bits)
-    return layouts.from_memory(stored, form.code_bits, bits)
+    stored = columns.to_memory(x, form.code_bits, form.operand_bits)
+    return columns.from_memory(stored, form.code_bits, bits)
 
 
 def _group_sums(rows: Shaped[Array, "R J"], plan: Plan) -> Shaped[Array, "R Q"]:
@@ -192,7 +192,7 @@ def _partial_sums(plan: Plan, rows, weight: packed.PackedWeight, sums, name: str
     inputs |= {table: getattr(weight, table) for table in plan.tables}
     if plan.uses_sums:
         inputs["sums"] = sums.T
-    skeleton = wgmma_matmul if plan.operand.unit == "wgmma" else mma_matmul
+    skeleton = wgmma if plan.operand.unit == "wgmma" else mma
     return skeleton.partial_sums(plan, inputs, name=name, interpret=interpret)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed
 
 # Outputs and inputs of the projections, those that share their input fused.
 MODELS = {
