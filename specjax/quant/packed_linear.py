@@ -52,7 +52,7 @@ class PackedLinear:
 
     def parts(self, x: Float[Array, "... K"]) -> Parts | None:
         """The product before its parts are added, for kernels that add them; None where it has no such form here."""
-        supported = device.unsupported(backends.ARCHS) is None
+        supported = device.unsupported() is None
         mine = self.backend in ("auto", "mosaic") and x.dtype in (jnp.float16, jnp.bfloat16)
         plain = self.scheme.activations is None and self.bias is None
         rows = math.prod(x.shape[:-1])
@@ -62,13 +62,8 @@ class PackedLinear:
 
         if self.perm is not None:
             x = jnp.take(x, self.perm, axis=-1)
-        bits = self.scheme.weights.bits
-        sums = mosaic.float_parts(
-            x.reshape(rows, -1),
-            self.weight,
-            name=f"matmul_w{bits}a16",
-            arch=device.current().arch,
-        )
+        rows = x.reshape(rows, -1)
+        sums = mosaic.float_parts(rows, self.weight, arch=device.current().arch)
         shape = (*x.shape[:-1], self.out_features)
         return None if sums is None else Parts(sums=sums, shape=shape, dtype=x.dtype)
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from specjax import errors
 from specjax.models.layers import Linear
-from specjax.pallas import dispatch, weights
+from specjax.pallas import dispatch
+from specjax.pallas.matmul import reference
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
 from specjax.quant.scheme import Scheme, WeightSpec, lookup
@@ -119,7 +120,7 @@ def expanded(linear: QuantizedLinear) -> QuantizedLinear:
     fits = spec is not None and spec.kind == "int" and linear.minima is None
     if not fits or linear.scheme.weights.bits == 8:
         return linear
-    codes, scales = weights.runtime(linear)
+    codes, scales = reference.runtime(linear)
     return QuantizedLinear(
         codes=codes,
         scales=scales,

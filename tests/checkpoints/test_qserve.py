@@ -10,7 +10,7 @@ import pytest
 from specjax.checkpoints import marlin, open_checkpoint, qserve
 from specjax.checkpoints import source as sources
 from specjax.errors import CheckpointError
-from specjax.pallas import weights as semantics
+from specjax.pallas.matmul import reference as semantics
 from specjax.quant import activations
 from tests import paths
 from tests.checkpoints import folders, packers

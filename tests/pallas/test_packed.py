@@ -74,7 +74,7 @@ def test_bytes_and_padding():
     packing = packed.pack(linear, 16)
     assert packing.codes.dtype == jnp.uint8 and packing.codes.shape == (2, 3, 128, 64)
     assert packing.scales.shape == (2, 6, 128)
-    codes = packed.as_codes(packing)
+    codes = packing.form.format.loaded(packing.codes)
     assert codes.dtype == jnp.int4 and codes.shape == (2, 3, 128, 128)
     assert not np.any(np.asarray(packing.scales)[:, 5]) and not np.any(
         np.asarray(packing.codes)[1, :, 2:]

@@ -1,1 +1,1 @@
-"""What the Mosaic GPU kernels share: run-time weights, register tricks, the two matmul skeletons."""
+"""Products of rows with quantized weights: one op over the formats of `formats/`."""

@@ -1,115 +1,100 @@
-"""The backends of a matmul op over packed or canonical weights, as its `api.py` lists them.
+"""The backends of the product with a weight in a format, as `api.py` lists them.
 
-Mosaic takes packed weights only: packing on every call would read the weight many times. XLA takes
-both; packed weights are unpacked on every call, which is slow and said once by `dispatch`.
+Mosaic and Triton take packed weights only: packing on every call would read the weight many times.
+XLA takes both; packed weights are unpacked on every call, which is slow and said once by `dispatch`.
 """
 
-import importlib
+import functools
 import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from specjax.pallas import device, dispatch
-from specjax.pallas.matmul import packed
+from specjax.pallas.matmul import packed, reference
+from specjax.pallas.matmul.formats import registry
+from specjax.pallas.matmul.formats.base import Format
 
 # More rows than this are a prompt: the weight is decoded once and multiplied by XLA's matmul.
 MAX_ROWS = 256
-ARCHS = ((9, 0), (8, 0), (8, 6), (8, 7), (8, 9))
 _FLOATS = (jnp.float16, jnp.bfloat16)
 
 
-def of_floats(
-    op: str, code_bits: int, reference: Callable, *, triton: bool = False
-) -> tuple[dispatch.Implementation, ...]:
-    """Backends of an op (x, weight, *, bias) with float inputs, fastest first; with `triton` that too."""
-
-    def refuses(x, weight, *, bias=None) -> str | None:
-        del bias
-        reason = _refuses(weight, code_bits)
-        if reason is None and x.dtype not in _FLOATS:
-            reason = f"inputs are {x.dtype}; the kernels take float16 and bfloat16"
-        return reason
-
-    def by(launch: Callable):
-        def run(x, weight, *, bias=None):
-            if math.prod(x.shape[:-1]) > MAX_ROWS:
-                return reference(x, packed.unpack(weight), bias=bias)
-            rows = x.reshape(-1, x.shape[-1])
-            return launch(rows, weight, bias=bias).reshape(*x.shape[:-1], -1)
-
-        return run
-
-    def mosaic(rows, weight, bias):
-        return _module(op, "mosaic").matmul(rows, weight, bias=bias, arch=device.current().arch)
-
-    found = _backends(by(mosaic), refuses, reference)
-    return (found[0], _triton(op, by), *found[1:]) if triton else found
+def format_of(weight) -> Format:
+    """Of a packed or canonical weight."""
+    return weight.form.format if isinstance(weight, packed.PackedWeight) else registry.of(weight)
 
 
-def _triton(op: str, by: Callable) -> dispatch.Implementation:
-    def launch(rows, weight, bias):
-        module = _module(op, "triton")
-        return module.matmul(rows, weight, bias=bias, arch=module.arch())
-
-    def refuses(*args, **kwargs) -> str | None:
-        return _module(op, "triton").refuses(*args, **kwargs)
-
-    return dispatch.Implementation(backend="triton", run=by(launch), refuses=refuses)
+@functools.cache
+def implementations(format: Format, input_bits: int) -> tuple[dispatch.Implementation, ...]:
+    """Of the product with inputs of so many bits (16: floats), fastest first."""
+    return tuple(_IMPLEMENTATIONS[backend] for backend in format.backends(input_bits))
 
 
-def of_integers(
-    op: str, code_bits: int, reference: Callable
-) -> tuple[dispatch.Implementation, ...]:
-    """Backends of an op (x_codes, x_scale, weight, *, x_sums, bias, out_dtype), fastest first."""
+# Kernels are imported when one runs: the compilers of Pallas and Triton are of no use before.
+def _run_mosaic(rows, weight, **kwargs):
+    from specjax.pallas.matmul import mosaic
 
-    def refuses(x_codes, x_scale, weight, **kwargs) -> str | None:
-        del x_codes, x_scale, kwargs
-        reason = _refuses(weight, code_bits)
-        if reason is None and weight.form.table_group == 32:
-            reason = "group_size=32 under integer inputs"
-        return reason
-
-    def run(x_codes, x_scale, weight, *, x_sums=None, **kwargs):
-        leading = x_codes.shape[:-1]
-        if math.prod(leading) > MAX_ROWS:
-            return reference(x_codes, x_scale, packed.unpack(weight), x_sums=x_sums, **kwargs)
-        rows = [
-            None if a is None else a.reshape(-1, a.shape[-1]) for a in (x_codes, x_scale, x_sums)
-        ]
-        matmul = _module(op, "mosaic").matmul
-        out = matmul(*rows[:2], weight, x_sums=rows[2], arch=device.current().arch, **kwargs)
-        return out.reshape(*leading, -1)
-
-    return _backends(run, refuses, reference)
+    return mosaic.matmul(rows, weight, arch=device.current().arch, **kwargs)
 
 
-def _backends(run: Callable, refuses: Callable, reference: Callable):
-    return (
-        dispatch.Implementation(backend="mosaic", run=run, refuses=refuses),
-        dispatch.Implementation(backend="xla", run=_unpacking(reference)),
-    )
+def _run_triton(rows, weight, *, bias, **kwargs):
+    del kwargs  # of quantized inputs
+    from specjax.pallas.matmul import triton
+
+    return triton.matmul(rows, weight, bias=bias, arch=triton.arch())
 
 
-def _refuses(weight, code_bits: int) -> str | None:
-    reason = device.unsupported(ARCHS)
+def _refuses_mosaic(x, weight, *, x_scale=None, **kwargs) -> str | None:
+    del kwargs
+    reason = device.unsupported()
     if reason is not None:
         return reason
     if not isinstance(weight, packed.PackedWeight):
-        return packed.refuses_codes(weight) or "the weight is not packed (prepare does it at load)"
-    if weight.form.code_bits != code_bits:
-        return f"codes have {weight.form.code_bits} bits, the op {code_bits}"
-    return None
+        return packed.refuses_unpacked(weight)
+    form = weight.form
+    if x_scale is not None:
+        return "group_size=32 under integer inputs" if form.table_group == 32 else None
+    if x.dtype not in _FLOATS:
+        return f"inputs are {x.dtype}; the kernels take float16 and bfloat16"
+    return packed.refuses_floats(form.format)
 
 
-def _module(op: str, backend: str):
-    # Imported when a kernel runs: the compilers of Pallas and Triton are of no use before.
-    return importlib.import_module(f"specjax.pallas.{op}.{backend}")
+def _refuses_triton(x, weight, **kwargs) -> str | None:
+    del kwargs
+    from specjax.pallas.matmul import triton
+
+    return triton.refuses(x, weight)
 
 
-def _unpacking(reference: Callable) -> Callable:
-    def run(*args, **kwargs):
-        args = [packed.unpack(a) if isinstance(a, packed.PackedWeight) else a for a in args]
-        return reference(*args, **kwargs)
+def _by_rows(launch: Callable) -> Callable:
+    """A launch over the rows of the inputs, all leading axes flattened; of prompts the decoded weight."""
+
+    def run(x, weight, *, x_scale=None, x_sums=None, **kwargs):
+        leading = x.shape[:-1]
+        if math.prod(leading) > MAX_ROWS:
+            return _run_xla(x, weight, x_scale=x_scale, x_sums=x_sums, **kwargs)
+        x, x_scale, x_sums = (
+            None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_sums)
+        )
+        out = launch(x, weight, x_scale=x_scale, x_sums=x_sums, **kwargs)
+        return out.reshape(*leading, -1)
 
     return run
+
+
+def _run_xla(x, weight, **kwargs):
+    if isinstance(weight, packed.PackedWeight):
+        weight = packed.unpack(weight)
+    return reference.matmul(x, weight, **kwargs)
+
+
+_IMPLEMENTATIONS = {
+    "mosaic": dispatch.Implementation(
+        backend="mosaic", run=_by_rows(_run_mosaic), refuses=_refuses_mosaic
+    ),
+    "triton": dispatch.Implementation(
+        backend="triton", run=_by_rows(_run_triton), refuses=_refuses_triton
+    ),
+    "xla": dispatch.Implementation(backend="xla", run=_run_xla),
+}

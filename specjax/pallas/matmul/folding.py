@@ -9,7 +9,7 @@ from specjax.pallas.matmul.plan import Plan
 
 
 def add_group(plan: Plan, total, part, table: Callable, sums: Callable):
-    """total + scale * (part + zero * sums) + minimum * sums; QoQ keeps integers throughout.
+    """total + scale * (part + zero * sums) + minimum * sums; in integers throughout where those of groups are.
 
     Accumulators exceed sums of codes by `plan.factor`, as do `sums` unless each group is shifted back.
 
@@ -28,7 +28,7 @@ def add_group(plan: Plan, total, part, table: Callable, sums: Callable):
             part = part >> _shift(plan)
         return total + part * by_output("scales", dtype) + by_output("zeros", dtype) * by_row()
     if plan.uses_sums:
-        shift = by_output("zeros", plan.acc_dtype) if plan.has_zeros else plan.form.half
+        shift = by_output("zeros", plan.acc_dtype) if plan.has_zeros else plan.format.half
         part = part + shift * by_row()
     total = total + part.astype(dtype) * by_output("scales", dtype)
     if plan.has_minima:

@@ -24,7 +24,7 @@ _TILES_PER_COPY = 4
 
 
 def partial_sums(plan: Plan, inputs: dict[str, jax.Array], *, name: str, interpret=None):
-    """The sums [splits, plan.rows, outputs] of each part of the inputs; as `wgmma_matmul` takes them."""
+    """The sums [splits, plan.rows, outputs] of each part of the inputs; as `wgmma` takes them."""
     names = tuple(inputs)
     outputs, config = plan.form.n_tiles * TILE, plan.config
     flat = dict(inputs)
@@ -76,7 +76,7 @@ def _body(plan: Plan, names: tuple[str, ...], *refs):
         plgpu.BlockSpec(
             (_ROWS, TILE),
             functools.partial(codes_block, tile),
-            transforms=_swizzled(TILE * plan.form.code_bits // 8, plan.form.code_bits),
+            transforms=_swizzled(TILE * plan.format.bits // 8, plan.format.bits),
             oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
         )
         for tile in range(tiles)
@@ -124,11 +124,12 @@ def _add_step(plan: Plan, inputs, total, x_smem, codes_smem, first_unit, column,
         offset = unit * plan.unit
         table = functools.partial(_table, plan, inputs, first_unit + unit, column)
         codes = plgpu.load(
-            codes_smem[offset // TILE], layout=plan.operand.load_layout(plan.form.code_bits)
+            codes_smem[offset // TILE], layout=registers.load_layout(plan.format.bits, plan.operand)
         )
         if plan.unit < TILE:
             codes = codes[:, offset % TILE : offset % TILE + plan.unit]
-        weight = registers.widen(codes, plan.operand, table("scales") if plan.rescales else None)
+        scales = table("scales") if plan.format.scales_in_registers else None
+        weight = registers.widen(codes, plan.format, plan.operand, scales)
         x = x_smem.at[:, _block(unit, plan.unit)]
         if not plan.group:
             total = _product(plan, total, weight, x)
@@ -153,7 +154,7 @@ def _table(plan: Plan, inputs, unit, column, key: str):
     """The entries of one unit for the block's outputs."""
     entries = inputs[key].shape[0] // plan.form.n_tiles
     ref = inputs[key].at[column[0] * entries + unit, _block(column[1], _ROWS)]
-    return plgpu.load(ref, layout=registers.operand_rows(plan.operand), optimized=False)
+    return plgpu.load(ref, layout=registers.row_layout(plan.operand), optimized=False)
 
 
 def _sums(plan: Plan, inputs, unit, m):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas import device
-from specjax.pallas.matmul import columns, mma, packed, registers, tiles, wgmma
+from specjax.pallas.matmul import mma, packed, tiles, wgmma
+from specjax.pallas.matmul.operand import Operand, dtype_bits
 from specjax.pallas.matmul.plan import TILE, Config, Plan
 
 _LARGEST_TILE = 64
@@ -37,18 +38,44 @@ def weights_per_thread(config: Config) -> int:
     return 64 * TILE * config.tiles_per_step // 128
 
 
-def float_matmul(
-    x: Float[Array, "M K"],
+def matmul(
+    x: Shaped[Array, "M K"],
     weight: packed.PackedWeight,
     *,
-    name: str,
     arch: tuple[int, int],
-    config: Config | None = None,
+    x_scale: Float[Array, "M 1"] | None = None,
+    x_sums: Float[Array, "M G"] | None = None,
     bias: Float[Array, "N"] | None = None,
+    out_dtype=None,
+    config: Config | None = None,
     interpret=None,
 ) -> Float[Array, "M N"]:
-    """x W^T + bias in the dtype of x (float16 or bfloat16), sums in float32."""
+    """See `api.matmul`; float inputs are float16 or bfloat16.
+
+    Args:
+        arch: compute capability of the GPU.
+        config: tiles; default: tuned ones, or the heuristic.
+        interpret: `plgpu.InterpretGPUParams` to run on CPUs.
+    """
+    launch = dict(arch=arch, config=config, interpret=interpret)
+    if x_scale is None:
+        return _float_matmul(x, weight, bias, **launch)
+    out = _integer_matmul(x, x_scale, weight, x_sums, bias, **launch)
+    return out.astype(jnp.float32 if out_dtype is None else out_dtype)
+
+
+def _float_matmul(
+    x: Float[Array, "M K"],
+    weight: packed.PackedWeight,
+    bias: Float[Array, "N"] | None,
+    *,
+    arch: tuple[int, int],
+    config: Config | None,
+    interpret,
+) -> Float[Array, "M N"]:
+    """x W^T + bias in the dtype of x, sums in float32."""
     form = weight.form
+    name = form.format.op(16)
     plan = _plan(x, weight, name, arch, config, interpret, inner_minima=True)
     direct = plan.config.splits == 1 and plan.group and bias is None
     if direct:
@@ -73,15 +100,15 @@ def float_parts(
     x: Float[Array, "M K"],
     weight: packed.PackedWeight,
     *,
-    name: str,
     arch: tuple[int, int],
     config: Config | None = None,
     interpret=None,
 ) -> Float[Array, "P R N"] | None:
     """The parts of x W^T, padded, before they are added in order; None for weights whose scales come after the sum."""
     form = weight.form
-    if form.per_channel:
+    if form.per_channel or form.format.two_level:
         return None
+    name = form.format.op(16)
     plan = _plan(x, weight, name, arch, config, interpret, inner_minima=True)
     rows = _padded(x, plan)
     sums = None
@@ -90,22 +117,21 @@ def float_parts(
     return _partial_sums(plan, rows, weight, sums, name, interpret)
 
 
-def integer_matmul(
+def _integer_matmul(
     x_codes: Shaped[Array, "M K"],
     x_scale: Float[Array, "M 1"],
     weight: packed.PackedWeight,
+    x_sums: Float[Array, "M G"] | None,
+    bias: Float[Array, "N"] | None,
     *,
-    name: str,
     arch: tuple[int, int],
-    config: Config | None = None,
-    x_sums: Float[Array, "M G"] | None = None,
-    bias: Float[Array, "N"] | None = None,
-    out_dtype=jnp.float32,
-    interpret=None,
+    config: Config | None,
+    interpret,
 ) -> Float[Array, "M N"]:
-    """(x_codes * x_scale) W^T + bias, as `weights.quantized` defines it; accumulators are exact."""
+    """(x_codes * x_scale) W^T + bias, as `reference.quantized` defines it; accumulators are exact."""
     form = weight.form
-    x = x_codes.astype(_operand_dtype(x_codes.dtype, form, arch))
+    name = form.format.op(dtype_bits(x_codes.dtype))
+    x = x_codes.astype(form.format.operand_dtype(x_codes.dtype, arch))
     plan = _plan(x, weight, name, arch, config, interpret, inner_minima=False)
     rows = _padded(x.astype(jnp.int8), plan)
     sums = None
@@ -116,7 +142,7 @@ def integer_matmul(
         inner = sums * plan.factor  # beside accumulators that are as much too large
     rows = rows.astype(plan.operand.dtype)
     total = _added(_partial_sums(plan, rows, weight, inner, name, interpret))
-    if form.two_level:
+    if form.format.two_level:
         total = total.astype(jnp.float32) * weight.channel_scales.reshape(-1).astype(jnp.float32)
     elif form.per_channel:
         total = _per_channel(total >> (plan.factor.bit_length() - 1), weight, sums, jnp.int32)
@@ -127,18 +153,12 @@ def integer_matmul(
         minima = packed.canonical_table(weight.minima, form).astype(jnp.float32)
         highest = jax.lax.Precision.HIGHEST
         total += jnp.einsum("mg,ng->mn", x_sums.astype(jnp.float32), minima, precision=highest)
-    return _with_bias(total, bias).astype(out_dtype)
-
-
-def _operand_dtype(dtype, form: packed.Form, arch: tuple[int, int]):
-    """int4 only where it is multiplied natively: before Hopper, by codes that are their own weights."""
-    native = dtype == jnp.int4 and form.code_bits == 4 and arch[0] == 8
-    return jnp.int4 if native and not (form.two_level and form.levels == "qqq") else jnp.int8
+    return _with_bias(total, bias)
 
 
 def _plan(x, weight, name: str, arch, config, interpret, *, inner_minima: bool) -> Plan:
     form = weight.form
-    operand = registers.Operand(
+    operand = Operand(
         dtype=jnp.dtype(x.dtype),
         unit="wgmma" if arch[0] == 9 else "mma",
         arch=arch,
@@ -168,12 +188,12 @@ def _with_dtype(plan: Plan, dtype) -> Plan:
 def _padded(x: Shaped[Array, "M K"], plan: Plan) -> Shaped[Array, "R J"]:
     """x padded to whole tiles; its columns follow those of weights packed for other operands."""
     form, bits = plan.form, plan.operand.bits
-    width = form.k_tiles * TILE
-    x = jnp.pad(x, ((0, plan.rows - len(x)), (0, width - x.shape[1])))
+    columns = form.k_tiles * TILE
+    x = jnp.pad(x, ((0, plan.rows - len(x)), (0, columns - x.shape[1])))
     if form.operand_bits == bits:
         return x
-    stored = columns.to_memory(x, form.code_bits, form.operand_bits)
-    return columns.from_memory(stored, form.code_bits, bits)
+    stored = form.format.order(form.operand_bits).to_memory(x)
+    return form.format.order(bits).from_memory(stored)
 
 
 def _group_sums(rows: Shaped[Array, "R J"], plan: Plan) -> Shaped[Array, "R Q"]:
@@ -188,7 +208,7 @@ def _group_sums(rows: Shaped[Array, "R J"], plan: Plan) -> Shaped[Array, "R Q"]:
 
 
 def _partial_sums(plan: Plan, rows, weight: packed.PackedWeight, sums, name: str, interpret):
-    inputs = dict(x=rows, codes=packed.as_codes(weight))
+    inputs = dict(x=rows, codes=plan.format.loaded(weight.codes))
     inputs |= {table: getattr(weight, table) for table in plan.tables}
     if plan.uses_sums:
         inputs["sums"] = sums.T
@@ -209,8 +229,8 @@ def _per_channel(total, weight: packed.PackedWeight, sums, dtype) -> Float[Array
     """(total + zero * sums) * scale, one of each per output."""
     if weight.zeros is not None:
         total = total + sums * _row(weight.zeros, dtype)
-    elif not weight.form.signed:
-        total = total + sums * weight.form.half
+    elif not weight.form.format.signed:
+        total = total + sums * weight.form.format.half
     return total.astype(jnp.float32) * _row(weight.scales, jnp.float32)
 
 

@@ -7,7 +7,9 @@ import numpy as np
 from jax import lax
 
 from specjax import errors
-from specjax.pallas.matmul import packed, registers
+from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.formats.kernel import KernelFormat
+from specjax.pallas.matmul.operand import Operand
 
 TILE = packed.TILE
 
@@ -49,7 +51,7 @@ class Plan:
     """
 
     form: packed.Form
-    operand: registers.Operand
+    operand: Operand
     config: Config
     rows: int
     m_tile: int
@@ -67,14 +69,14 @@ class Plan:
             )
 
     @property
-    def rescales(self) -> bool:
-        """Codes become int8 weights in registers (the second level of QQQ)."""
-        return self.form.two_level and self.form.levels == "qqq"
+    def format(self) -> KernelFormat:
+        """Of the codes."""
+        return self.form.format
 
     @property
     def group(self) -> int:
         """Inputs per accumulator that is scaled on its own; 0: one accumulator for the whole sum."""
-        return 0 if self.rescales else self.form.table_group
+        return 0 if self.format.scales_in_registers else self.form.table_group
 
     @property
     def acc_dtype(self):
@@ -84,14 +86,13 @@ class Plan:
     @property
     def sum_dtype(self):
         """Of the sum over groups: integer where their scales are."""
-        whole = self.form.two_level or not self.group
+        whole = self.format.integer_groups or not self.group
         return self.acc_dtype if whole else jnp.float32
 
     @property
     def factor(self) -> int:
         """By which accumulators exceed sums of codes times inputs."""
-        narrow = self.form.code_bits == 4 and self.operand.bits == 8 and not self.rescales
-        return registers.INT4_IN_INT8 if narrow else 1
+        return self.format.factor(self.operand)
 
     @property
     def shifts_late(self) -> bool:
@@ -108,7 +109,7 @@ class Plan:
     @property
     def uses_sums(self) -> bool:
         """Group sums of the inputs go into the kernel."""
-        return bool(self.group) and (self.has_zeros or self.has_minima or not self.form.signed)
+        return bool(self.group) and (self.has_zeros or self.has_minima or not self.format.signed)
 
     @property
     def unit(self) -> int:
@@ -118,7 +119,7 @@ class Plan:
     @property
     def tables(self) -> tuple[str, ...]:
         """Names of the tables that are read along with the codes, one entry per unit."""
-        names = ["scales"] if self.group or self.rescales else []
+        names = ["scales"] if self.group or self.format.scales_in_registers else []
         if self.group:
             names += ["zeros"] * self.has_zeros + ["minima"] * self.has_minima
         return tuple(names)

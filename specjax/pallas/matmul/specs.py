@@ -1,12 +1,14 @@
 """Weights of real models, at which the matmul kernels are compiled, tested and timed."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from specjax import errors
 from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.formats import registry
+from specjax.pallas.matmul.formats.base import Format, Variant
 
 # Outputs and inputs of the projections, those that share their input fused.
 MODELS = {
@@ -20,77 +22,93 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A weight.
+    """A weight, and the inputs that it is multiplied by.
 
     Attributes:
         name: "<model>/<projection>", or "<model>/<projection>/<variant>".
         n, k: outputs and inputs.
-        group_size: inputs per scale; -1 per channel.
-        code_bits: 4 or 8.
-        operand_bits: 16 for float inputs, 8 for integer ones.
-        input_bits: of integer inputs.
-        signed: of the codes.
-        zeros, minima: the weight has them.
-        levels: "single", "qqq" or "qoq"; the latter two with a second level.
-        scale_dtype: of the canonical scales.
+        format: of the codes.
+        variant: group size, parts and inputs.
     """
 
     name: str
     n: int
     k: int
-    group_size: int = 128
-    code_bits: int = 4
-    operand_bits: int = 16
-    input_bits: int = 8
-    signed: bool = True
-    zeros: bool = False
-    minima: bool = False
-    levels: str = "single"
-    scale_dtype: str = "float16"
+    format: Format
+    variant: Variant
+
+    @property
+    def operand_bits(self) -> int:
+        """16 for float inputs, 8 for integer ones."""
+        return 16 if self.variant.input_bits == 16 else 8
 
     def weight(self) -> packed.PackedWeight:
         """The packed weight's abstract arrays."""
-        size = self.k if self.group_size == -1 else self.group_size
+        variant = self.variant
+        size = self.k if variant.group_size == -1 else variant.group_size
         table = (self.n, self.k // size)
-        code_dtype = f"{'int' if self.signed else 'uint'}{self.code_bits}"
+        two_level = self.format.two_level and variant.group_size != -1
         abstract = dict(
-            codes=jax.ShapeDtypeStruct((self.n, self.k), code_dtype),
-            scales=jax.ShapeDtypeStruct(table, self.scale_dtype),
-            zeros=jax.ShapeDtypeStruct(table, jnp.int8) if self.zeros else None,
-            minima=jax.ShapeDtypeStruct(table, jnp.float16) if self.minima else None,
-            channel_scales=None,
+            codes=jax.ShapeDtypeStruct((self.n, self.k), self.format.code_dtype),
+            scales=jax.ShapeDtypeStruct(table, variant.scale_dtype),
+            zeros=jax.ShapeDtypeStruct(table, jnp.int8) if variant.zeros else None,
+            minima=jax.ShapeDtypeStruct(table, jnp.float16) if variant.minima else None,
+            channel_scales=jax.ShapeDtypeStruct((self.n,), jnp.float32) if two_level else None,
         )
-        if self.levels != "single":
-            abstract["channel_scales"] = jax.ShapeDtypeStruct((self.n,), jnp.float32)
 
         def pack(arrays):
-            weight = packed.Canonical(**arrays, group_size=size, levels=self.levels)
+            weight = packed.Canonical(**arrays, group_size=size, levels=self.format.levels)
             return packed.pack(weight, self.operand_bits)
 
         return jax.eval_shape(pack, abstract)
 
-    def arguments(self, rows: int, dtype=jnp.float16) -> tuple:
-        """Abstract positional arguments of the op's `mosaic.matmul`; `dtype` is that of float inputs."""
+    def arguments(self, rows: int, dtype=jnp.float16) -> dict:
+        """Abstract arguments of `mosaic.matmul` by name; `dtype` is that of float inputs."""
         if self.operand_bits == 16:
-            return jax.ShapeDtypeStruct((rows, self.k), dtype), self.weight()
-        codes = jax.ShapeDtypeStruct((rows, self.k), f"int{self.input_bits}")
-        return codes, jax.ShapeDtypeStruct((rows, 1), jnp.float32), self.weight()
+            return dict(x=jax.ShapeDtypeStruct((rows, self.k), dtype), weight=self.weight())
+        return dict(
+            x=jax.ShapeDtypeStruct((rows, self.k), f"int{self.variant.input_bits}"),
+            x_scale=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
+            weight=self.weight(),
+        )
 
 
-def of_models(variants: dict[str, dict], **common) -> dict[str, Spec]:
-    """Every projection of every model, plus `variants` (fields by name) of an 8B output projection."""
-    specs = {spec.name: spec for spec in _plain(common)}
-    outputs, inputs = MODELS["llama3-8b"]["o"]
-    for variant, fields in variants.items():
-        name = f"llama3-8b/o/{variant}"
-        specs[name] = Spec(name=name, n=outputs, k=inputs, **common | fields)
+def ops() -> tuple[str, ...]:
+    """The products that have kernels: those of which formats state variants."""
+    found = (f.op(variant.input_bits) for f in registry.formats() for variant in f.variants())
+    return tuple(dict.fromkeys(found))
+
+
+def of(op: str) -> dict[str, Spec]:
+    """The weights at which an op is compiled, tested and timed, by name.
+
+    A variant without a name is every projection of every model, others an 8B output projection.
+
+    Raises:
+        ConfigError: no format states such a product.
+    """
+    specs = {}
+    for format in registry.formats():
+        for variant in format.variants():
+            if format.op(variant.input_bits) == op:
+                specs |= _plain(format, variant) if not variant.name else _named(format, variant)
+    if not specs:
+        raise errors.ConfigError(f"op={op!r} is unknown; known ops: {', '.join(ops())}")
     return specs
 
 
-def _plain(common: dict) -> Iterator[Spec]:
+def _named(format: Format, variant: Variant) -> dict[str, Spec]:
+    outputs, inputs = MODELS["llama3-8b"]["o"]
+    name = f"llama3-8b/o/{variant.name}"
+    return {name: Spec(name=name, n=outputs, k=inputs, format=format, variant=variant)}
+
+
+def _plain(format: Format, variant: Variant) -> dict[str, Spec]:
+    specs = {}
     for model, projections in MODELS.items():
         for projection, (outputs, inputs) in projections.items():
-            fields = dict(common)
-            if fields.get("group_size", 128) == 128 and inputs % 128:
-                fields["group_size"] = 64
-            yield Spec(name=f"{model}/{projection}", n=outputs, k=inputs, **fields)
+            name, fitting = f"{model}/{projection}", variant
+            if variant.group_size == 128 and inputs % 128:
+                fitting = dataclasses.replace(variant, group_size=64)
+            specs[name] = Spec(name=name, n=outputs, k=inputs, format=format, variant=fitting)
+    return specs

@@ -5,9 +5,8 @@ from specjax.pallas.device import Gpu
 from specjax.pallas.matmul import packed
 from specjax.pallas.matmul.plan import TILE, Config
 
-# Compute capabilities that there are kernels for, and the multiprocessors of a typical device.
+# Multiprocessors of a typical device, by compute capability.
 _NUM_SMS = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128}
-ARCHS = tuple(_NUM_SMS)
 _MAX_SPLITS = 16
 _MIN_STAGES, _MAX_STAGES = 3, 6
 # What a block costs besides its tiles (launch, first loads, store), in tiles; and a part more to add.
@@ -70,12 +69,12 @@ def stage_bytes(form: packed.Form, m_tile: int, operand_bits: int, tiles: int, g
     """Shared memory of one pipeline stage, at most."""
     columns, hopper = tiles * TILE, gpu.arch[0] == 9
     outputs = TILE if hopper else TILE // 2
-    num_bytes = outputs * columns * form.code_bits // 8 + m_tile * columns * operand_bits // 8
-    if hopper and (form.table_group or form.two_level):
+    num_bytes = outputs * columns * form.format.bits // 8 + m_tile * columns * operand_bits // 8
+    if hopper and (form.table_group or form.format.two_level):
         # Scales, zeros and minima, and group sums of the inputs, at their widest.
         entries = columns // (form.table_group or TILE)
-        tables = 4 + (0 if form.signed else 6)
-        num_bytes += entries * (TILE * tables + (0 if form.signed else 4 * m_tile))
+        tables = 4 + (0 if form.format.signed else 6)
+        num_bytes += entries * (TILE * tables + (0 if form.format.signed else 4 * m_tile))
     return num_bytes
 
 

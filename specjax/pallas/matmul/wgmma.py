@@ -69,7 +69,7 @@ def _stage_memory(plan: Plan, key: str, dtype):
     """The ring of stages of one input."""
     stages, tiles = plan.config.num_stages, plan.config.tiles_per_step
     if key == "codes":
-        bits = plan.form.code_bits
+        bits = plan.format.bits
         shape, transforms = (tiles, TILE, TILE), _swizzled(TILE * bits // 8, bits)
     elif key == "x":
         # A unit's columns of x are one operand, so no swizzle may reach beyond them.
@@ -148,17 +148,19 @@ def _widened(plan: Plan, ring, slot, rows, unit: int):
     column = unit * plan.unit
     codes = plgpu.load(
         ring["codes"].at[slot, column // TILE, rows],
-        layout=plan.operand.load_layout(plan.form.code_bits),
+        layout=registers.load_layout(plan.format.bits, plan.operand),
     )
     if plan.unit < TILE:
         codes = codes[:, column % TILE : column % TILE + plan.unit]
-    scales = _table(plan, ring, slot, rows, unit, "scales") if plan.rescales else None
-    return registers.widen(codes, plan.operand, scales)
+    scales = (
+        _table(plan, ring, slot, rows, unit, "scales") if plan.format.scales_in_registers else None
+    )
+    return registers.widen(codes, plan.format, plan.operand, scales)
 
 
 def _table(plan: Plan, ring, slot, rows, unit: int, key: str):
     """The entries of one unit for the group's outputs."""
-    return plgpu.load(ring[key].at[slot, unit, rows], layout=registers.operand_rows(plan.operand))
+    return plgpu.load(ring[key].at[slot, unit, rows], layout=registers.row_layout(plan.operand))
 
 
 def _sums(ring, slot, unit: int):

@@ -1,10 +1,11 @@
-"""Matmul of float inputs and 4-bit weights through jax-triton, where Mosaic GPU has no target.
+"""Products of float inputs and packed weights through jax-triton, where Mosaic GPU has no target.
 
 Reads the same packed weights. Groups below 128 are scaled before the product, in the dtype of the
 inputs, as the reference does it; zeros and minima are a second small product outside.
 """
 
 import functools
+import importlib
 import importlib.util
 
 import jax
@@ -66,10 +67,11 @@ def row_tile(rows: int) -> int:
 def _partial_sums(x, weight: PackedWeight, block: int, arch) -> Float[Array, "P M N"]:
     import jax_triton
 
-    from specjax.pallas.matmul_w4a16 import triton_kernel
+    from specjax.pallas.matmul import triton_kernel
 
     form = weight.form
     splits = max(1, min(_MAX_SPLITS, 256 // form.n_tiles, form.k_tiles // 4))
+    decoder = importlib.import_module(form.format.triton)
     codes = weight.codes.reshape(*weight.codes.shape[:3], -1, 4)
     version = _PTX_VERSIONS.get(arch)
     return jax_triton.triton_call(
@@ -89,6 +91,9 @@ def _partial_sums(x, weight: PackedWeight, block: int, arch) -> Float[Array, "P 
         ROWS=len(x),
         SPLITS=splits,
         GROUP=form.table_group,
+        CODES=32 // form.format.bits,
+        CODE=decoder.code,
+        COLUMN=decoder.column,
         BLOCK_M=block,
     )
 
@@ -104,21 +109,20 @@ def _epilogue(weight: PackedWeight):
     if weight.zeros is not None:
         return scales, flat(weight.zeros) * scales
     if weight.minima is not None:
-        return scales, flat(weight.minima) + weight.form.half * scales
+        return scales, flat(weight.minima) + weight.form.format.half * scales
     return scales, None
 
 
-def refuses(x, weight, *, bias=None) -> str | None:
+def refuses(x, weight) -> str | None:
     """Why this backend cannot take these arguments, or None."""
-    del bias
     if arch() is None:
         return "no NVIDIA GPU"
     names = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if names:
         return f"{' and '.join(names)} not installed (pip install specjax[triton])"
     if not isinstance(weight, PackedWeight):
-        return packed.refuses_codes(weight) or "the weight is not packed (prepare does it at load)"
-    if weight.form.operand_bits != 16 or weight.form.code_bits != 4:
+        return packed.refuses_unpacked(weight)
+    if weight.form.operand_bits != 16 or weight.form.format.triton is None:
         return "the weight is packed for other inputs"
     if x.dtype not in (jnp.float16, jnp.bfloat16):
         return f"inputs are {x.dtype}; the kernel takes float16 and bfloat16"
