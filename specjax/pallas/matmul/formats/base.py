@@ -15,6 +15,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas.matmul.operand import dtype_bits
@@ -90,6 +91,12 @@ class Format:
     def variants(self) -> tuple[Variant, ...]:
         """What the kernels are compiled and timed at."""
         return ()
+
+    def random_tables(
+        self, rng: np.random.Generator, outputs: int, groups: int
+    ) -> dict[str, np.ndarray]:
+        """Scales and whatever else weights of this format have beside codes, of usual sizes, for tests."""
+        return dict(scales=rng.uniform(0.005, 0.02, (outputs, groups)).astype(np.float16))
 
     def values(self, codes: Shaped[Array, "N K"], dtype) -> Shaped[Array, "N K"]:
         """What codes stand for before zeros and scales, in `dtype` (float32, or int8 for integer codes)."""

@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
 
 from specjax.pallas.matmul.columns import Order
@@ -60,6 +61,14 @@ class KernelFormat(Format):
         if input_bits == 16 and self.triton is not None:
             return ("mosaic", "triton", "xla")
         return ("mosaic", "xla")
+
+    def random_tables(
+        self, rng: np.random.Generator, outputs: int, groups: int
+    ) -> dict[str, np.ndarray]:
+        tables = super().random_tables(rng, outputs, groups)
+        if not self.signed:
+            tables["zeros"] = rng.integers(0, 1 << self.bits, (outputs, groups)).astype(np.uint8)
+        return tables
 
     def refuses_kernels(self) -> str | None:
         return None

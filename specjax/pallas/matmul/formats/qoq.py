@@ -12,6 +12,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int8, Integer, Shaped
 
 from specjax.pallas.matmul.formats.base import Variant
@@ -27,6 +28,15 @@ class QoQ(Int4):
     levels: str = "qoq"
     two_level: ClassVar[bool] = True
     integer_groups: ClassVar[bool] = True
+
+    def random_tables(
+        self, rng: np.random.Generator, outputs: int, groups: int
+    ) -> dict[str, np.ndarray]:
+        return dict(
+            scales=rng.integers(1, 9, (outputs, groups)).astype(np.int8),
+            zeros=rng.integers(-128, 8, (outputs, groups)).astype(np.int8),
+            channel_scales=rng.uniform(0.001, 0.003, outputs).astype(np.float32),
+        )
 
     def runtime(self, weight: QuantizedWeight) -> tuple[Int8[Array, "N K"], Float[Array, "N 1"]]:
         product = grouped(jnp.asarray(weight.codes).astype(jnp.int32), weight.group_size)

@@ -15,6 +15,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int8, Shaped
 
 from specjax.pallas.matmul.formats.base import Variant
@@ -49,6 +50,14 @@ class QQQ(Int4):
     levels: str = "qqq"
     two_level: ClassVar[bool] = True
     scales_in_registers: ClassVar[bool] = True
+
+    def random_tables(
+        self, rng: np.random.Generator, outputs: int, groups: int
+    ) -> dict[str, np.ndarray]:
+        return dict(
+            scales=rng.uniform(0.5, 15.8, (outputs, groups)).astype(np.float16),
+            channel_scales=rng.uniform(0.001, 0.003, outputs).astype(np.float32),
+        )
 
     def runtime(self, weight: QuantizedWeight) -> tuple[Int8[Array, "N K"], Float[Array, "N 1"]]:
         product = grouped(jnp.asarray(weight.codes).astype(jnp.float32), weight.group_size)
