@@ -11,7 +11,7 @@ from specjax.checkpoints import marlin, open_checkpoint, qserve
 from specjax.errors import CheckpointError
 from specjax.files import source as sources
 from specjax.files import torch_writer
-from specjax.pallas import weights as semantics
+from specjax.pallas.matmul import reference as semantics
 from specjax.quant import activations
 from tests import paths
 from tests.checkpoints import folders, packers
