@@ -49,6 +49,7 @@ from experiments.shared import (
     methods,
     naming,
     preset,
+    prompt_files,
     random_model,
     records,
     roofline,
@@ -138,7 +139,7 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError("--baseline_dtype needs --model; --random_weights have one dtype")
     if random and flags_model.depth_config(values) is not None:
         raise ConfigError("--random_weights have no routers; drop the flags of depth")
-    prompts = [] if random else records.read_prompts(values.prompts_file)
+    prompts = [] if random else prompt_files.read_prompts(values.prompts_file)
     if values.roofline and values.max_new_tokens < 2:
         raise ConfigError(
             "--roofline needs --max_new_tokens of at least 2: the first token is prefill's"
@@ -154,7 +155,7 @@ def main(values: flags.FlagValues) -> None:
             options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
     else:
         model = flags_model.load_model(values, specs)
-        encoded = records.encode(model, prompts, values.prompts_file, values.max_length)
+        encoded = prompt_files.encode(model, prompts, values.prompts_file, values.max_length)
     config = _config(values, model)
     contestants = [
         contest.Contestant(

@@ -32,6 +32,7 @@ from experiments.shared import (
     flag_groups,
     flags_model,
     flags_sampling,
+    prompt_files,
     records,
     tables,
     traces,
@@ -85,11 +86,11 @@ def main(values: flags.FlagValues) -> None:
     if values.scheme is not None:
         raise ConfigError("--scheme: use --verify_quantization here")
     quantizations = {role: scheme_of(values, role) for role in ("draft", "verify")}
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
     methods = build(values, quantizations)
     target = methods[0].model
-    encoded = records.encode(target, prompts, values.prompts_file, values.max_length)
+    encoded = prompt_files.encode(target, prompts, values.prompts_file, values.max_length)
     options = flags_sampling.options(values)
     with flags_model.profiled(values):
         contest.measure(methods, encoded, values.repeats, options)

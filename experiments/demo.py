@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments.shared import common, flag_groups, flags_model, records
+from experiments.shared import common, flag_groups, flags_model, prompt_files
 
 _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
 # A tree for processors, which are compute-bound from a few nodes on.
@@ -54,12 +54,12 @@ def main(values: flags.FlagValues) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 100
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     console.print(f"loading {values.model}; each prompt size compiles once ...", highlight=False)
     if values.dtype is None:
         values.dtype = "float32"
     model = flags_model.load_model(values)
-    encoded = records.encode(model, prompts, values.prompts_file)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file)
     drafters = {"none": "none", "ngram": "ngram"}
     if model.default_head is not None:
         drafters["eagle"] = _EAGLE

@@ -27,6 +27,7 @@ from experiments.shared import (
     flags_drafter,
     flags_model,
     naming,
+    prompt_files,
     records,
     tables,
 )
@@ -73,7 +74,7 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError("--tree_selection: all of them are compared; drop it")
     spec = flags_drafter.spec(values)
     output = records.check_output(values.output, ".jsonl")
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     with records.Records(output, values.overwrite) as results:
         _measure(values, spec, prompts, results)
         table = output.with_suffix(".md")
@@ -147,7 +148,7 @@ def _decoded(
     model = _load(values, selection)
     if model.module.depth is None:
         raise ConfigError(f"{values.model} has no routers; train them with experiments.train_depth")
-    encoded = records.encode(model, prompts, values.prompts_file)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file)
     names = ("max_new_tokens", "batch_size", "ignore_eos")
     options = {name: values[name].value for name in names}
     drafter = model.drafter(spec)
@@ -218,7 +219,7 @@ def agreement(tokens: list[list[int]], plain: list[list[int]]) -> dict[str, Any]
 def _perplexities(values: flags.FlagValues, prompts) -> dict[str, Any]:
     """Of the text that the first reference model writes greedily after the prompts."""
     first = specjax.load(values.reference[0], dtype=values.dtype)
-    encoded = records.encode(first, prompts, values.prompts_file)
+    encoded = prompt_files.encode(first, prompts, values.prompts_file)
     written = first.generate(
         encoded, max_new_tokens=values.max_new_tokens, ignore_eos=values.ignore_eos
     )

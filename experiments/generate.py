@@ -33,6 +33,7 @@ from experiments.shared import (
     flags_model,
     flags_sampling,
     naming,
+    prompt_files,
     records,
 )
 from specjax.errors import ConfigError
@@ -79,7 +80,7 @@ def main(values: flags.FlagValues) -> None:
     config["dtype"] = model.dtype_name
     config["fingerprint"] = records.fingerprint(config, _FINGERPRINT)
     source = values.prompts_file or "--prompt"
-    encoded = records.encode(model, prompts, source, values.max_length)
+    encoded = prompt_files.encode(model, prompts, source, values.max_length)
     todo = list(range(len(prompts)))
     if output is not None:
         output.check_config(config, _FINGERPRINT)
@@ -96,7 +97,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 def _prompts(values: flags.FlagValues) -> list[dict[str, Any]]:
-    """Rows of the prompts file, or one row made of --prompt; see `records.read_prompts`."""
+    """Rows of the prompts file, or one row made of --prompt; see `prompt_files.read_prompts`."""
     if (values.prompt is None) == (values.prompts_file is None):
         raise ConfigError("give either --prompt=TEXT or --prompts_file=FILE")
     if values.prompt is not None:
@@ -104,7 +105,7 @@ def _prompts(values: flags.FlagValues) -> list[dict[str, Any]]:
         return [{"id": 0, "line": None, "row": row}]
     if values.output is None:
         raise ConfigError("--prompts_file needs --output=FILE")
-    return records.read_prompts(values.prompts_file)
+    return prompt_files.read_prompts(values.prompts_file)
 
 
 def _config(values: flags.FlagValues, spec: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from jax import lax
 from tqdm import tqdm
 
 from experiments import benchmarks, evaluate
-from experiments.shared import common, environment, flag_groups, flags_model, preset, records
+from experiments.shared import (
+    common,
+    environment,
+    flag_groups,
+    flags_model,
+    preset,
+    prompt_files,
+    records,
+)
 from specjax.decoding import sampling as sample
 from specjax.engine import engine
 from specjax.errors import ConfigError
@@ -91,10 +99,10 @@ def _prompts(values: flags.FlagValues):
     if (values.prompts_file is None) == (values.benchmark is None):
         raise ConfigError("give either --prompts_file=FILE or --benchmark=NAME with --data_dir=DIR")
     if values.prompts_file is not None:
-        read = records.read_prompts(values.prompts_file)[: values.limit]
+        read = prompt_files.read_prompts(values.prompts_file)[: values.limit]
         names = [prompt["id"] for prompt in read]
         source = values.prompts_file
-        return lambda model: dict(zip(names, records.encode(model, read, source), strict=True))
+        return lambda model: dict(zip(names, prompt_files.encode(model, read, source), strict=True))
     if values.data_dir is None:
         raise ConfigError("--benchmark needs --data_dir")
     benchmark = benchmarks.lookup(values.benchmark)

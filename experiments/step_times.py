@@ -31,6 +31,7 @@ from experiments.shared import (
     flags_model,
     naming,
     preset,
+    prompt_files,
     records,
 )
 from specjax import verify
@@ -73,11 +74,11 @@ def main(values: flags.FlagValues) -> None:
     sizes = _sizes(values.sizes)
     spec = flags_drafter.spec(values)
     output = records.check_output(values.output, ".jsonl")
-    prompts = records.read_prompts(values.prompts_file)[:1]
+    prompts = prompt_files.read_prompts(values.prompts_file)[:1]
     weights = evaluate.describe_weights(values.model)
     weights += f" as {values.scheme}" if values.scheme else ""
     model = flags_model.load_model(values, [spec])
-    [prompt] = records.encode(model, prompts, values.prompts_file)
+    [prompt] = prompt_files.encode(model, prompts, values.prompts_file)
     drafter = model.drafter(spec)
     state = prefilled(model.module, drafter, prompt, values.batch_size, max(sizes))
     with flags_model.profiled(values):

@@ -24,6 +24,7 @@ from experiments.shared import (
     flags_drafter,
     flags_model,
     naming,
+    prompt_files,
     records,
     training_runs,
 )
@@ -74,12 +75,12 @@ def main(values: flags.FlagValues) -> None:
     if values.tree_selection != "off":
         raise ConfigError("--tree_selection: nodes are collected with 'off', all of them voting")
     spec = flags_drafter.spec(values)
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     work, output = training_runs.claim(values, _RECIPE)
     model = flags_model.load_model(values, [spec])
     if values.layer >= model.config.num_layers:
         raise ConfigError(f"--layer={values.layer}: the model has {model.config.num_layers} layers")
-    encoded = records.encode(model, prompts, values.prompts_file)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file)
     _collect(values, model, model.drafter(spec), encoded, work)
     held_out = max(1, round(values.held_out * len(prompts)))
     if held_out >= len(prompts):

@@ -24,6 +24,7 @@ from experiments.shared import (
     flag_groups,
     flags_drafter,
     flags_model,
+    prompt_files,
     records,
 )
 from specjax.drafters import registry, tuning
@@ -66,9 +67,9 @@ def main(values: flags.FlagValues) -> None:
     base = flags_drafter.spec(values)
     sizes = _sizes(values)
     specs = {size: _sized(base, size) for size in sizes}
-    prompts = records.read_prompts(values.prompts_file)[: values.limit]
+    prompts = prompt_files.read_prompts(values.prompts_file)[: values.limit]
     model = flags_model.load_model(values, [base])
-    encoded = records.encode(model, prompts, values.prompts_file, None)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file, None)
     prompt = max(encoded, key=len)
     verify_ms, propose_ms, acceptance = {}, {}, {}
     with tqdm(total=2 * len(sizes), unit="measurement") as bar:
