@@ -43,8 +43,13 @@ from experiments.shared import (
     common,
     contest,
     environment,
+    flag_groups,
+    flags_model,
+    flags_sampling,
     methods,
+    naming,
     preset,
+    prompt_files,
     random_model,
     records,
     roofline,
@@ -59,52 +64,69 @@ from specjax.errors import ConfigError
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values, required=False)
-    common.define_sampling_flags(values)
+    flags_model.define(values, required=False)
+    flags_sampling.define(values)
     preset.define_flags(values)
-    flags.DEFINE_list(
-        "drafters", None, "Names of drafters, or `all` that the model has.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "draft_checkpoints", [], "Heads and draft models for --drafters=all.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "trace", False, "Print every step of the first prompt, per drafter.", flag_values=values
-    )
-    flags.DEFINE_string("drafters_file", None, "JSON list of drafter specs.", flag_values=values)
-    flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    flags.DEFINE_enum(
-        "random_weights",
-        None,
-        list(shapes.CONFIGS),
-        "Instead of --model: random weights of this shape, under --scheme (default: dense).",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("group_size", 128, "Of random weights; -1: none.", flag_values=values)
-    flags.DEFINE_integer(
-        "prompt_tokens", 1024, "Prompt of random weights.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_float(
-        "synthetic_acceptance",
-        None,
-        "Impose this mean acceptance length (bonus included) on random weights.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "baseline_dtype",
-        None,
-        DTYPES,
-        "Relate speed-ups to plain decoding in this dtype. Default: --dtype.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
-    flags.DEFINE_boolean(
-        "roofline", False, "Relate plain decoding to bandwidth and a bare step.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "stream_mb", 1024, "Array that --roofline reads, in MiB.", lower_bound=1, flag_values=values
-    )
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+    with flag_groups.heading(values, "Drafter"):
+        flags.DEFINE_list(
+            "drafters", None, "Names of drafters, or `all` that the model has.", flag_values=values
+        )
+        flags.DEFINE_string(
+            "drafters_file", None, "JSON list of drafter specs.", flag_values=values
+        )
+        flags.DEFINE_list(
+            "draft_checkpoints",
+            [],
+            "Heads and draft models for --drafters=all.",
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Model"):
+        flags.DEFINE_enum(
+            "random_weights",
+            None,
+            list(shapes.CONFIGS),
+            "Instead of --model: random weights of this shape, under --scheme (default: dense).",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("group_size", 128, "Of random weights; -1: none.", flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
+        flags.DEFINE_boolean(
+            "trace", False, "Print every step of the first prompt, per drafter.", flag_values=values
+        )
+        flags.DEFINE_enum(
+            "baseline_dtype",
+            None,
+            DTYPES,
+            "Relate speed-ups to plain decoding in this dtype. Default: --dtype.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "roofline",
+            False,
+            "Relate plain decoding to bandwidth and a bare step.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer(
+            "stream_mb",
+            1024,
+            "Array that --roofline reads, in MiB.",
+            lower_bound=1,
+            flag_values=values,
+        )
+        flags.DEFINE_float(
+            "synthetic_acceptance",
+            None,
+            "Impose this mean acceptance length (bonus included) on random weights.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer(
+            "prompt_tokens", 1024, "Prompt of random weights.", lower_bound=1, flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -115,15 +137,15 @@ def main(values: flags.FlagValues) -> None:
     random = values.random_weights is not None
     if random and values.baseline_dtype is not None:
         raise ConfigError("--baseline_dtype needs --model; --random_weights have one dtype")
-    if random and common.depth_config(values) is not None:
+    if random and flags_model.depth_config(values) is not None:
         raise ConfigError("--random_weights have no routers; drop the flags of depth")
-    prompts = [] if random else records.read_prompts(values.prompts_file)
+    prompts = [] if random else prompt_files.read_prompts(values.prompts_file)
     if values.roofline and values.max_new_tokens < 2:
         raise ConfigError(
             "--roofline needs --max_new_tokens of at least 2: the first token is prefill's"
         )
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
-    options = common.options(values)
+    options = flags_sampling.options(values)
     if random:
         model = _random_model(values)
         prompts = [{"id": "random"}]
@@ -132,13 +154,13 @@ def main(values: flags.FlagValues) -> None:
         if values.synthetic_acceptance is not None:
             options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
     else:
-        model = common.load_model(values, specs)
-        encoded = records.encode(model, prompts, values.prompts_file, values.max_length)
+        model = flags_model.load_model(values, specs)
+        encoded = prompt_files.encode(model, prompts, values.prompts_file, values.max_length)
     config = _config(values, model)
     contestants = [
         contest.Contestant(
-            name=common.label(spec),
-            facts={"drafter": common.label(spec), "spec": common.full_spec(spec)},
+            name=naming.label(spec),
+            facts={"drafter": naming.label(spec), "spec": naming.full_spec(spec)},
             model=model,
             drafter=model.drafter(spec),
         )
@@ -148,7 +170,7 @@ def main(values: flags.FlagValues) -> None:
     baseline = _baseline(values, model) or plain
     if baseline is not plain:
         contestants.insert(0, baseline)
-    with common.profiled(values):
+    with flags_model.profiled(values):
         contest.measure(contestants, encoded, values.repeats, options)
     summaries = [
         contest.summarize(
@@ -180,7 +202,7 @@ def _baseline(values: flags.FlagValues, model: specjax.LanguageModel) -> contest
     """Plain decoding in --baseline_dtype; None where that is the model's own."""
     if values.baseline_dtype in (None, model.dtype_name):
         return None
-    other = common.load_model(values, dtype=values.baseline_dtype)
+    other = flags_model.load_model(values, dtype=values.baseline_dtype)
     name = f"none ({values.baseline_dtype})"
     facts = {"drafter": name, "spec": {"kind": "none"}, "dtype": values.baseline_dtype}
     return contest.Contestant(name=name, facts=facts, model=other, drafter=other.drafter("none"))
@@ -235,12 +257,12 @@ def _specs(values: flags.FlagValues) -> list[dict[str, Any]]:
 
 def _config(values: flags.FlagValues, model: specjax.LanguageModel) -> dict[str, Any]:
     return {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "dtype": model.dtype_name,
         "baseline_dtype": values.baseline_dtype,
         "backend": values.backend,
         "dequantize": values.dequantize,
-        **common.options(values),
+        **flags_sampling.options(values),
         "prompts_file": None if values.prompts_file is None else Path(values.prompts_file).name,
         **_random_config(values),
         "repeats": values.repeats,

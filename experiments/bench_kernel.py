@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments.shared import common, contest, environment, records
+from experiments.shared import common, contest, environment, flag_groups, records
 from experiments.shared import kernel_timing as timing
 from specjax.aot import kernels
 from specjax.errors import ConfigError
@@ -65,14 +65,18 @@ class Job:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("ops", list(OPS), "Kernels to time.", flag_values=values)
-    flags.DEFINE_list("shapes", ["llama3-8b"], "Models whose shapes to use.", flag_values=values)
-    flags.DEFINE_list("m", ["1", "8", "16", "32", "64"], "Rows.", flag_values=values)
-    flags.DEFINE_list("contexts", ["1024", "4096"], "Cache lengths.", flag_values=values)
-    flags.DEFINE_enum("dtype", "float16", list(_TOLERANCE), "Float inputs.", flag_values=values)
-    flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
-    flags.DEFINE_boolean("peers", True, "Time XLA's own matmuls too.", flag_values=values)
-    flags.DEFINE_boolean("write_tuned", False, "Tune tiles and write them.", flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_list("ops", list(OPS), "Kernels to time.", flag_values=values)
+        flags.DEFINE_list(
+            "shapes", ["llama3-8b"], "Models whose shapes to use.", flag_values=values
+        )
+        flags.DEFINE_list("m", ["1", "8", "16", "32", "64"], "Rows.", flag_values=values)
+        flags.DEFINE_list("contexts", ["1024", "4096"], "Cache lengths.", flag_values=values)
+        flags.DEFINE_enum("dtype", "float16", list(_TOLERANCE), "Float inputs.", flag_values=values)
+        flags.DEFINE_boolean("peers", True, "Time XLA's own matmuls too.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
+        flags.DEFINE_boolean("write_tuned", False, "Tune tiles and write them.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:

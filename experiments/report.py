@@ -15,22 +15,28 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.shared import common, figures, records, runs, tables
+from experiments.shared import common, figures, flag_groups, records, runs, tables
 from experiments.shared.runs import Results
 from specjax.errors import ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("inputs", None, "Result files, or directories of them.", flag_values=values)
-    flags.DEFINE_string("output", None, "Directory for the report.", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_list(
+            "inputs", None, "Result files, or directories of them.", flag_values=values
+        )
+        flags.DEFINE_string(
+            "baseline", None, "Name of the run that speed-ups refer to.", flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Directory for the report.", flag_values=values)
+        flags.DEFINE_string("title", "Report", "Heading.", flag_values=values)
+        flags.DEFINE_list("formats", ["png", "svg"], "Of the figures.", flag_values=values)
+        flags.DEFINE_boolean(
+            "figures", True, "Draw figures (needs matplotlib).", flag_values=values
+        )
     flags.mark_flags_as_required(["inputs", "output"], flag_values=values)
-    flags.DEFINE_string(
-        "baseline", None, "Name of the run that speed-ups refer to.", flag_values=values
-    )
-    flags.DEFINE_string("title", "Report", "Heading.", flag_values=values)
-    flags.DEFINE_list("formats", ["png", "svg"], "Of the figures.", flag_values=values)
-    flags.DEFINE_boolean("figures", True, "Draw figures (needs matplotlib).", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from experiments import bench_decode
-from experiments.shared import common, roofline
+from experiments.shared import common, flags_model, roofline
 from specjax.errors import ConfigError
 from tests import paths
 
@@ -105,7 +105,7 @@ def test_speedups_over_plain_decoding_in_another_dtype(run, tiny, prompts, tmp_p
 
 def test_a_step_reads_all_weights_but_one_embedding_row(tiny):
     values = common.parse(bench_decode.define_flags, [f"--model={tiny}", "--prompts_file=p"])
-    model = common.load_model(values)
+    model = flags_model.load_model(values)
     config = model.config
     layer = config.hidden_size * (2 * 256 + 2 * 128 + 3 * config.intermediate_size + 2)
     weights = config.num_layers * layer + config.hidden_size * (config.vocab_size + 2)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments.shared import records
+from experiments.shared import prompt_files, records
 from specjax.errors import ConfigError
 
 
@@ -28,14 +28,14 @@ def test_prompts_take_the_first_field_in_order_of_precedence(tmp_path):
         lines.append(json.dumps({"id": name, **everything}))
         everything[name] = None
     path = _write(tmp_path / "p.jsonl", "\n\n".join(lines))
-    rows = records.read_prompts(path)
+    rows = prompt_files.read_prompts(path)
     assert [list(row["row"]) for row in rows] == [[row["id"]] for row in rows]
     assert [row["line"] for row in rows] == [1, 3, 5, 7]
 
 
 def test_rows_without_id_are_numbered(tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "a\u2028b"}\n{"prompt": "c"}\n')
-    assert [row["id"] for row in records.read_prompts(path)] == [0, 1]
+    assert [row["id"] for row in prompt_files.read_prompts(path)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_rows_without_id_are_numbered(tmp_path):
 def test_malformed_prompts_name_the_line(tmp_path, text, message):
     path = _write(tmp_path / "p.jsonl", text)
     with pytest.raises(ConfigError, match=message):
-        records.read_prompts(path)
+        prompt_files.read_prompts(path)
 
 
 def test_prompts_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
-        records.read_prompts(path)
+        prompt_files.read_prompts(path)
 
 
 @pytest.mark.parametrize(
