@@ -64,6 +64,7 @@ NAMED_MODELS = {
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 _CHUNK_BYTES = 1 << 20
 _SMALL_FILES = (
     "config.json",
@@ -95,7 +96,8 @@ def resolve(path_or_name: str | Path, cache_dir: Path | None = None) -> Path:
     fetched if need be.
 
     Args:
-        path_or_name: an existing path wins over a name.
+        path_or_name: an existing path wins over a name; of a folder with one GGUF model and no config.json, the
+            model's file is meant.
         cache_dir: where named models are kept, below `specjax/`; `default_cache_dir()` if None. The
             Hub has its own cache.
 
@@ -107,7 +109,7 @@ def resolve(path_or_name: str | Path, cache_dir: Path | None = None) -> Path:
     name = str(path_or_name)
     path = Path(name).expanduser()
     if name and path.exists():
-        return path
+        return _only_gguf(path) or path
     if name in NAMED_MODELS:
         return fetch_named(name, cache_dir)
     if isinstance(path_or_name, str) and _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
@@ -116,6 +118,18 @@ def resolve(path_or_name: str | Path, cache_dir: Path | None = None) -> Path:
         f"model {name!r}: no such file or folder, and neither a known name "
         f"({', '.join(NAMED_MODELS)}) nor a Hugging Face Hub id (org/name)"
     )
+
+
+def _only_gguf(path: Path) -> Path | None:
+    """The file, or first part, of the one GGUF model in a folder that has no config.json."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    models = [
+        file
+        for file in sorted(path.glob("*.gguf"))
+        if not _LATER_PART.search(file.name) and not file.name.startswith("mmproj")
+    ]
+    return models[0] if len(models) == 1 else None
 
 
 def fetch_named(name: str, cache_dir: Path | None = None) -> Path:
