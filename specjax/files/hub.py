@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from specjax.errors import CheckpointError
-from specjax.files import base, source
+from specjax.files import base, find
 
 logger = logging.getLogger(__name__)
 
@@ -255,11 +255,13 @@ def _fetch_online(repo_id: str, snapshot: Callable[..., Path]) -> Path:
 
     try:
         siblings = huggingface_hub.HfApi().model_info(repo_id, timeout=10).siblings or []
-        weights = _weight_file(repo_id, [sibling.rfilename for sibling in siblings])
-        wanted = [*_SMALL_FILES, weights]
-        folder = snapshot(allow_patterns=wanted)
-        if weights.endswith(".index.json"):
-            folder = snapshot(allow_patterns=[*wanted, *_shards(folder / weights)])
+        listed = [sibling.rfilename for sibling in siblings]
+        stated = find.stated_name(snapshot(allow_patterns=list(_SMALL_FILES)))
+        weights = _weight_files(repo_id, listed, stated)
+        folder = snapshot(allow_patterns=[*_SMALL_FILES, *weights])
+        if weights[0].endswith(".index.json"):
+            wanted = [*_SMALL_FILES, *weights, *_shards(folder / weights[0])]
+            folder = snapshot(allow_patterns=wanted)
         return folder
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         reason = "the Hugging Face Hub has no such repository, or this account may not read it"
@@ -278,16 +280,14 @@ def _not_fetched(repo_id: str, reason: str) -> str:
     )
 
 
-def _weight_file(repo_id: str, files: list[str]) -> str:
-    """The preferred one of the weight files or indices: repositories often hold weights twice."""
-    for name in source.STANDARD_NAMES:
-        if name in files:
-            return name
-    gguf = [name for name in files if name.endswith(".gguf")]
-    hint = f"; it has {gguf[0]}: download one such file and pass its path" if gguf else ""
-    raise CheckpointError(
-        f"{repo_id} has no weights in a standard file ({', '.join(source.STANDARD_NAMES)}){hint}"
-    )
+def _weight_files(repo_id: str, files: list[str], stated: str | None = None) -> tuple[str, ...]:
+    """The preferred weight file, index or shards: repositories often hold weights twice."""
+    try:
+        return find.weight_files([f for f in files if "/" not in f], repo_id, stated=stated)
+    except FileNotFoundError as error:
+        gguf = [name for name in files if name.endswith(".gguf")]
+        hint = f"; it has {gguf[0]}: download one such file and pass its path" if gguf else ""
+        raise CheckpointError(f"{error}{hint}") from error
 
 
 def _shards(index: Path) -> list[str]:
@@ -299,8 +299,10 @@ def _is_complete(folder: Path) -> bool:
     """Whether a snapshot has a configuration and all files of its weights."""
     if not (folder / "config.json").is_file():
         return False
-    for name in source.STANDARD_NAMES:
-        if (folder / name).is_file():
-            shards = _shards(folder / name) if name.endswith(".index.json") else []
-            return all((folder / shard).is_file() for shard in shards)
-    return False
+    files = [file.name for file in folder.iterdir() if file.is_file()]
+    try:
+        [weights, *_] = find.weight_files(files, str(folder), stated=find.stated_name(folder))
+    except (FileNotFoundError, CheckpointError):
+        return False
+    shards = _shards(folder / weights) if weights.endswith(".index.json") else []
+    return all((folder / shard).is_file() for shard in shards)
