@@ -256,4 +256,4 @@ def _draft_vocabulary(target, head: Path, path: str | None, size: int | None):
         ranking = draft_vocabulary.read(Path(path or beside), target)
     else:
         ranking = draft_vocabulary.from_merges(target)
-    return jnp.asarray(ranking.first(size, target.config.eos_token_ids))
+    return jnp.asarray(ranking.first(size, target.stop_ids))
