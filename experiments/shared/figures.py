@@ -13,7 +13,7 @@ from specjax.errors import ConfigError
 
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's palette: told apart with any kind of colour vision.
-_COLOURS = ("#7f7f7f", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+COLOURS = ("#7f7f7f", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 
 
 def require() -> None:
@@ -62,7 +62,7 @@ def save(figure, folder: Path, name: str, formats: Sequence[str]) -> list[str]:
 
 
 def _colours(labels: Sequence[str]) -> dict[str, str]:
-    return {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate(labels)}
+    return {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(labels)}
 
 
 def _grouped_bars(
