@@ -102,10 +102,10 @@ def inputs(folder: Path) -> None:
     benchmark_data.write(folder / "DATA")
 
 
-def run_page(page: Path, fresh: bool) -> list[tuple[str, float | None, str]]:
+def run_page(page: Path, fresh: bool) -> Iterator[tuple[str, float | None, str]]:
     """Runs a page's commands up to the first that fails.
 
-    Returns:
+    Yields:
         per command: its first line, the seconds it took (None: it did not end well), and "" or what it wrote last.
     """
     folder = FOLDER / page.stem
@@ -115,7 +115,7 @@ def run_page(page: Path, fresh: bool) -> list[tuple[str, float | None, str]]:
         inputs(folder)
     log = folder / "done.json"
     done = json.loads(log.read_text()) if log.exists() else {}
-    key, results = "", []
+    key = ""
     for block in (block for block in blocks(page) if block.runnable):
         for command in block.commands():
             key = hashlib.sha256((key + command).encode()).hexdigest()
@@ -124,11 +124,11 @@ def run_page(page: Path, fresh: bool) -> list[tuple[str, float | None, str]]:
                 ended = _run(block.language, command, folder)
                 if ended.returncode:
                     tail = "\n".join((ended.stdout + ended.stderr).splitlines()[-12:])
-                    return [*results, (_short(command), None, tail)]
+                    yield _short(command), None, tail
+                    return
                 done[key] = time.perf_counter() - begin
                 log.write_text(json.dumps(done))
-            results.append((_short(command), done[key], ""))
-    return results
+            yield _short(command), done[key], ""
 
 
 def _run(language: str, command: str, folder: Path) -> subprocess.CompletedProcess:

@@ -224,11 +224,11 @@ def test_a_page_goes_on_where_it_stopped_and_starts_anew_where_a_command_changed
         True,
     ]
     (tmp_path / "runs" / "page" / "gate").touch()
-    results = docs_commands.run_page(page, False)
+    results = list(docs_commands.run_page(page, False))
     assert [seconds is None for _, seconds, _ in results] == [False, False]
     assert ran() == ["one"]
     page.write_text(step.format("two", "test -e gate"))
-    docs_commands.run_page(page, False)
+    list(docs_commands.run_page(page, False))
     assert ran() == ["one", "two"]
     assert (tmp_path / "runs" / "page" / "DATA" / "gsm8k" / "test.jsonl").is_file()
     assert len((tmp_path / "runs" / "page" / "text.jsonl").read_text().splitlines()) > 20
