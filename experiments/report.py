@@ -17,7 +17,16 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.shared import common, figures, flag_groups, overview, records, runs, tables
+from experiments.shared import (
+    common,
+    figures,
+    figures_measured,
+    flag_groups,
+    overview,
+    records,
+    runs,
+    tables,
+)
 from experiments.shared.runs import Results
 from specjax.errors import ConfigError
 
@@ -84,10 +93,10 @@ def _figures(results: Results) -> dict:
         drawn[f"{benchmark}_categories"] = figures.categories(found)
         drawn[f"{benchmark}_acceptance"] = figures.acceptance(found)
         drawn[f"{benchmark}_quality"] = figures.quality(found)
-    drawn["verify_times"] = figures.verify_times(results.verify_times)
-    drawn["time_split"] = figures.time_split(results.step_times)
+    drawn["verify_times"] = figures_measured.verify_times(results.verify_times)
+    drawn["time_split"] = figures_measured.time_split(results.step_times)
     for index, row in enumerate(results.similarities):
-        drawn[f"similarity_{index}"] = figures.similarity(row)
+        drawn[f"similarity_{index}"] = figures_measured.similarity(row)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 

@@ -63,6 +63,15 @@ def test_new_names_of_the_changelog_exist():
     assert not [name for name in targets if not _exists(name)]
 
 
+def test_the_public_names_are_those_that_the_changelog_says_stay():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = text.partition("### What stays\n")[2].partition("\n###")[0]
+    said = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", section))))
+    assert set(specjax.__all__) <= said
+    for module in ("tokenizer", "scoring", "quant.activations"):
+        assert importlib.import_module(f"specjax.{module}")
+
+
 def _exists(name: str) -> bool:
     """Whether a path, a module, or a name in a module is there."""
     if (ROOT / name).exists():
