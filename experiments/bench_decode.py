@@ -62,8 +62,8 @@ from specjax.errors import ConfigError
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags_model.define(values, required=False)
     flags_sampling.define(values)
+    flags_model.define(values, required=False)
     preset.define_flags(values)
     with flag_groups.heading(values, "Input"):
         flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)

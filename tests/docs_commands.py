@@ -135,6 +135,8 @@ def _run(language: str, command: str, folder: Path) -> subprocess.CompletedProce
     python = Path(sys.executable)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        # Programs that several commands compile are compiled once.
+        "JAX_COMPILATION_CACHE_DIR": str(FOLDER / "compiled"),
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
