@@ -18,7 +18,7 @@ from specjax import verify
 from specjax.decoding import sampling as sample
 from specjax.decoding import target as passes
 from specjax.decoding import tree as trees
-from specjax.drafters import base
+from specjax.drafters import base, draft_model, options
 from specjax.drafters import chain as chains
 from specjax.models import cache as kv
 from specjax.models.llama import Llama
@@ -274,3 +274,22 @@ def _write_features(features, rows, start: Int[Array, "B"], count: Int[Array, "B
     column = jnp.arange(rows.shape[1])
     slots = jnp.where(column < count[:, None], start[:, None] + column, features.shape[1])
     return features.at[jnp.arange(rows.shape[0])[:, None], slots].set(rows, mode="drop")
+
+
+def build(
+    target,
+    registry,
+    model: str,
+    inner: Any,
+    min_draft_depth: int = 6,
+    scheme: str | None = None,
+    quantize: str | None = None,
+) -> Hierarchical:
+    """Loads the draft model and builds the inner drafter, a spec, for it."""
+    options.positive(min_draft_depth=min_draft_depth)
+    draft = draft_model.load(
+        target, model, scheme, quantize, keep_codes=registry.needs_codes(inner)
+    )
+    return Hierarchical(
+        model=draft.module, inner=registry.build(inner, draft), min_draft_depth=min_draft_depth
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from specjax.decoding import tree
-from specjax.drafters import base
+from specjax.drafters import base, draft_model, options
 from specjax.drafters import chain as chains
 from specjax.models import cache as kv
 from specjax.models import layers
@@ -87,3 +87,16 @@ class LM:
 
     def rollback(self, state, lengths, root, features):
         return state
+
+
+def build(
+    target,
+    model: str,
+    draft_depth: int = 4,
+    scheme: str | None = None,
+    quantize: str | None = None,
+) -> LM:
+    """Loads the draft model `model`, under `scheme`, or rounded to `quantize`."""
+    options.positive(draft_depth=draft_depth)
+    draft = draft_model.load(target, model, scheme, quantize)
+    return LM(model=draft.module, draft_depth=draft_depth)
