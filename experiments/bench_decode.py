@@ -28,7 +28,6 @@ with --dtype=bfloat16 adds it as `none (float32)`, and speed-ups relate to it. O
 relates plain decoding of the first prompt to them ("record": "roofline").
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,13 @@ from experiments.shared import (
 )
 from specjax.aot import shapes
 from specjax.config import DTYPES
-from specjax.drafters import registry
 from specjax.errors import ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags_model.define(values, required=False)
     flags_sampling.define(values)
+    flags_model.define(values, required=False)
     preset.define_flags(values)
     with flag_groups.heading(values, "Input"):
         flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
@@ -91,6 +89,11 @@ def define_flags(values: flags.FlagValues) -> None:
             flag_values=values,
         )
         flags.DEFINE_integer("group_size", 128, "Of random weights; -1: none.", flag_values=values)
+    _define_measuring_flags(values)
+
+
+def _define_measuring_flags(values: flags.FlagValues) -> None:
+    """What is measured beside the drafters, and where it goes."""
     with flag_groups.heading(values, "Measuring"):
         flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
         flags.DEFINE_boolean(
@@ -133,29 +136,18 @@ def main(values: flags.FlagValues) -> None:
     """Measures, writes, prints the table."""
     preset.apply(values, needs_model=values.random_weights is None)
     random_model.check(values)
-    specs = _specs(values)
+    specs = methods.chosen(values)
     random = values.random_weights is not None
     if random and values.baseline_dtype is not None:
         raise ConfigError("--baseline_dtype needs --model; --random_weights have one dtype")
     if random and flags_model.depth_config(values) is not None:
         raise ConfigError("--random_weights have no routers; drop the flags of depth")
-    prompts = [] if random else prompt_files.read_prompts(values.prompts_file)
     if values.roofline and values.max_new_tokens < 2:
         raise ConfigError(
             "--roofline needs --max_new_tokens of at least 2: the first token is prefill's"
         )
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
-    options = flags_sampling.options(values)
-    if random:
-        model = _random_model(values)
-        prompts = [{"id": "random"}]
-        encoded = [random_model.prompt(values.prompt_tokens, model.config.vocab_size)]
-        options["ignore_eos"] = True
-        if values.synthetic_acceptance is not None:
-            options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
-    else:
-        model = flags_model.load_model(values, specs)
-        encoded = prompt_files.encode(model, prompts, values.prompts_file, values.max_length)
+    model, prompts, encoded, options = _prepared(values, specs)
     config = _config(values, model)
     contestants = [
         contest.Contestant(
@@ -198,6 +190,22 @@ def main(values: flags.FlagValues) -> None:
         print(f"{len(rows)} rows -> {output}")
 
 
+def _prepared(values: flags.FlagValues, specs: Sequence[dict[str, Any]]):
+    """Model, prompts, their token ids and the options of generation: real ones, or those of random weights."""
+    options = flags_sampling.options(values)
+    if values.random_weights is None:
+        prompts = prompt_files.read_prompts(values.prompts_file)
+        model = flags_model.load_model(values, specs)
+        encoded = prompt_files.encode(model, prompts, values.prompts_file, values.max_length)
+        return model, prompts, encoded, options
+    model = _random_model(values)
+    options["ignore_eos"] = True
+    if values.synthetic_acceptance is not None:
+        options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
+    encoded = [random_model.prompt(values.prompt_tokens, model.config.vocab_size)]
+    return model, [{"id": "random"}], encoded, options
+
+
 def _baseline(values: flags.FlagValues, model: specjax.LanguageModel) -> contest.Contestant | None:
     """Plain decoding in --baseline_dtype; None where that is the model's own."""
     if values.baseline_dtype in (None, model.dtype_name):
@@ -224,35 +232,6 @@ def _roofline(model: specjax.LanguageModel, prompt: list[int], values: flags.Fla
     room = model.config.max_position_embeddings - len(prompt)
     new_tokens = min(values.max_new_tokens, room)
     return roofline.measure(model, prompt, new_tokens, values.repeats, values.stream_mb)
-
-
-def _specs(values: flags.FlagValues) -> list[dict[str, Any]]:
-    """Drafter specs, `none` first, without repetitions."""
-    if (values.drafters is None) == (values.drafters_file is None):
-        raise ConfigError("give either --drafters=NAME,NAME or --drafters_file=FILE")
-    if values.draft_checkpoints and values.drafters != ["all"]:
-        raise ConfigError("--draft_checkpoints are for --drafters=all")
-    if values.drafters == ["all"]:
-        if values.model is None:
-            raise ConfigError("--drafters=all needs --model")
-        specs = methods.available(values.model, values.draft_checkpoints, values.dequantize)
-    elif values.drafters is not None:
-        specs = [registry.parse(name) for name in values.drafters]
-    else:
-        try:
-            specs = json.loads(Path(values.drafters_file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{values.drafters_file}: not valid JSON: {error}") from None
-        if not isinstance(specs, list):
-            raise ConfigError(f"{values.drafters_file}: expected a list of drafter specs")
-        specs = [registry.parse(spec) if isinstance(spec, str) else spec for spec in specs]
-        for spec in specs:
-            registry.check(spec)
-    unique = []
-    for spec in [{"kind": "none"}, *specs]:
-        if spec not in unique:
-            unique.append(spec)
-    return unique
 
 
 def _config(values: flags.FlagValues, model: specjax.LanguageModel) -> dict[str, Any]:

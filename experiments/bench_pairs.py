@@ -52,8 +52,8 @@ _RATIOS = (("qspec", "target"), ("speculative", "target"), ("qspec", "speculativ
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags_model.define(values)
     flags_sampling.define(values)
+    flags_model.define(values)
     with flag_groups.heading(values, "Input"):
         flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
     with flag_groups.heading(values, "Drafter"):

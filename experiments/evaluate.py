@@ -53,9 +53,9 @@ _FINGERPRINT = (
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     preset.define_flags(values)
+    flags_sampling.define(values, max_new_tokens=None)
     flags_model.define(values, required=False)
     flags_drafter.define(values)
-    flags_sampling.define(values, max_new_tokens=None)
     string, integer, boolean = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     names = ", ".join(benchmarks.BENCHMARKS)
     described = "questions, evenly over the categories. Default: all."

@@ -47,9 +47,9 @@ _FINGERPRINT = (
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
+    flags_sampling.define(values)
     flags_model.define(values)
     flags_drafter.define(values)
-    flags_sampling.define(values)
     with flag_groups.heading(values, "Input"):
         flags.DEFINE_string(
             "prompt", None, "A user turn, answered as a stream.", flag_values=values

@@ -62,7 +62,8 @@ def run(
             if rest:
                 raise flags.Error(_unexpected(rest))
         except flags.Error as error:
-            sys.exit(_refused(f"{error}; --help lists the flags"))
+            message = str(error).rstrip(".")
+            sys.exit(_refused(f"{message}; --help lists the flags"))
         return argv[:1]
 
     app.run(lambda argv: guarded(main, flags.FLAGS), flags_parser=parse_or_exit)

@@ -15,7 +15,7 @@ from specjax.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 # Flag -> option of the drafter's spec.
-_DRAFTER_FLAGS = {
+OPTION_FLAGS = {
     "draft_checkpoint": "model",
     "draft_depth": "draft_depth",
     "draft_topk": "topk",
@@ -36,7 +36,7 @@ _INTEGERS = {
     "min_draft_depth": "Shortest chain that 'hierarchical' hands to the target.",
 }
 # Flags that describe --drafter; a preset's are dropped where another drafter is given.
-DRAFTER_FLAGS = (*_DRAFTER_FLAGS, "inner_drafter", "inner_checkpoint")
+DRAFTER_FLAGS = (*OPTION_FLAGS, "inner_drafter", "inner_checkpoint")
 
 
 def define(values: flags.FlagValues, default: str = "none") -> None:
@@ -83,7 +83,7 @@ def spec(values: flags.FlagValues) -> dict[str, Any]:
     if values.tuned is not None:
         return _tuned_spec(values)
     spec = _unchecked_spec("drafter", values.drafter)
-    for flag, option in _DRAFTER_FLAGS.items():
+    for flag, option in OPTION_FLAGS.items():
         if values[flag].value is not None:
             _set_option(spec, option, values[flag].value, flag, "drafter")
     if values.inner_drafter is not None:
@@ -101,7 +101,7 @@ def spec(values: flags.FlagValues) -> dict[str, Any]:
 
 def _tuned_spec(values: flags.FlagValues) -> dict[str, Any]:
     """The drafter of --tuned; a warning says where it was tuned for something else."""
-    others = [name for name in ("drafter", *_DRAFTER_FLAGS) if values[name].present]
+    others = [name for name in ("drafter", *OPTION_FLAGS) if values[name].present]
     if others:
         raise ConfigError(f"--tuned says which drafter runs; drop --{', --'.join(others)}")
     content = tuning.read(Path(values.tuned))

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from experiments import bench_decode
-from experiments.shared import common, flags_model, roofline
+from experiments.shared import common, flags_model, methods, roofline
 from specjax.errors import ConfigError
 from tests import paths
 
@@ -128,7 +128,7 @@ def test_bad_specs_are_refused(tmp_path, content, message):
     specs.write_text(content)
     arguments = ["--model=m", "--prompts_file=p", f"--drafters_file={specs}"]
     with pytest.raises(ConfigError, match=message):
-        bench_decode._specs(common.parse(bench_decode.define_flags, arguments))
+        methods.chosen(common.parse(bench_decode.define_flags, arguments))
 
 
 def test_bad_input_exits_with_a_message(run, tiny, prompts, tmp_path):
