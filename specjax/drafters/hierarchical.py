@@ -194,6 +194,9 @@ class Hierarchical:
             sample.fold(keys, 0),
             sampling,
         )
+        # Heads of a model with more padding than the target may name tokens that are none of its.
+        tokens = jnp.minimum(drafted.tree.tokens, self.model.config.vocab_size - 1)
+        drafted = replace(drafted, tree=replace(drafted.tree, tokens=tokens))
         short = chain.length < self.min_draft_depth
         logits, features, cache, tree = passes.forward_tree(
             self.model, drafted.tree, drafted.cache, state.valid, self.inner.needs, live=short

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from specjax import loading
 from specjax.checkpoints import heads
-from specjax.drafters import draft_vocabulary
+from specjax.drafters import common_vocabulary, draft_vocabulary
 from specjax.drafters.base import Drafter
 from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
@@ -51,7 +51,8 @@ def _lm(
 ) -> Drafter:
     _positive(draft_depth=draft_depth)
     draft = _draft_model(target, model, scheme, quantize)
-    return LM(model=draft.module, draft_depth=draft_depth)
+    drafter = LM(model=draft.module, draft_depth=draft_depth)
+    return common_vocabulary.fitted(drafter, target.config.vocab_size)
 
 
 def _hierarchical(
@@ -64,9 +65,10 @@ def _hierarchical(
 ) -> Drafter:
     _positive(min_draft_depth=min_draft_depth)
     draft = _draft_model(target, model, scheme, quantize, needs_codes(inner))
-    return Hierarchical(
+    drafter = Hierarchical(
         model=draft.module, inner=build(inner, draft), min_draft_depth=min_draft_depth
     )
+    return common_vocabulary.fitted(drafter, target.config.vocab_size)
 
 
 def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
@@ -234,21 +236,7 @@ def _draft_model(
         dequantize="never" if keep_codes else "auto",
     )
     draft = loading.load_model(model, options)
-    _same_tokenizer(target, draft)
+    common_vocabulary.check(target, draft)
+    if draft.config.vocab_size < target.config.vocab_size:
+        common_vocabulary.clip(draft.module)
     return draft
-
-
-def _same_tokenizer(target, draft) -> None:
-    """Refuses a draft model whose token ids mean something else."""
-    vocabularies = target.config.vocab_size, draft.config.vocab_size
-    if vocabularies[0] != vocabularies[1]:
-        raise ConfigError(
-            f"draft model {draft.name!r} has vocab_size {vocabularies[1]}, the target {target.name!r} has "
-            f"{vocabularies[0]}; they need the same tokenizer"
-        )
-    known = target.tokenizer and draft.tokenizer
-    if known and target.tokenizer.digest() != draft.tokenizer.digest():
-        raise ConfigError(
-            f"draft model {draft.name!r} has another tokenizer than the target {target.name!r} (same size, "
-            "other tokens); use a draft model of the same family"
-        )

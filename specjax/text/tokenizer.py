@@ -223,6 +223,19 @@ class Tokenizer:
         pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges", ())]
         return self._backend.get_vocab(with_added_tokens=True), ["".join(pair) for pair in pairs]
 
+    def conflict(self, other: "Tokenizer") -> tuple[int, str, str] | None:
+        """An id that is one token here and another one in `other`, with both; None if there is none."""
+        mine = {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+        theirs = other._backend.get_vocab(with_added_tokens=True)
+        return next(
+            (
+                (i, mine[i], token)
+                for token, i in sorted(theirs.items(), key=lambda item: item[1])
+                if mine.get(i, token) != token
+            ),
+            None,
+        )
+
     def digest(self) -> str:
         """SHA-256 over the (id, token) pairs: equal where ids mean the same tokens."""
         vocab = self._backend.get_vocab(with_added_tokens=True)
