@@ -27,12 +27,16 @@ from tqdm import tqdm
 import specjax
 from experiments.shared import common, environment, records
 from specjax.errors import ConfigError
+from specjax.language_model import Options
 
 _FINGERPRINT = (
     *("model", "drafter", "dtype", "scheme", "qserve_layernorm", "depth", "seed"),
     "max_new_tokens",
     *("max_length", "temperature", "top_k", "top_p", "stop", "acceptance", "ignore_eos"),
+    *("stop_token_ids", "add_generation_prompt", "continue_final_message"),
 )
+# Flags that say how conversations end.
+_CHAT = ("add_generation_prompt", "continue_final_message")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -44,6 +48,18 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "raw", False, "--prompt is raw text to continue; no chat template.", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "add_generation_prompt",
+        None,
+        "Messages end where the assistant begins to speak. Default: unless the last one is continued.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "continue_final_message",
+        None,
+        "Messages end with the text of the last one, which is continued.",
+        flag_values=values,
+    )
     flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
     flags.DEFINE_string("output", None, "JSON lines of results.", flag_values=values)
     flags.DEFINE_boolean(
@@ -53,6 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Checks everything that can be checked without the model, loads it, generates."""
+    Options(**common.options(values), **_chat_options(values))  # raises where a value is wrong
     prompts = _prompts(values)
     spec = common.drafter_spec(values)
     config = _config(values, spec)
@@ -66,7 +83,7 @@ def main(values: flags.FlagValues) -> None:
     config["dtype"] = model.dtype_name
     config["fingerprint"] = records.fingerprint(config, _FINGERPRINT)
     source = values.prompts_file or "--prompt"
-    encoded = records.encode(model, prompts, source, values.max_length)
+    encoded = records.encode(model, prompts, source, values.max_length, **_chat_options(values))
     todo = list(range(len(prompts)))
     if output is not None:
         output.check_config(config, _FINGERPRINT)
@@ -101,10 +118,16 @@ def _config(values: flags.FlagValues, spec: dict[str, Any]) -> dict[str, Any]:
         **common.model_config(values),
         "drafter": common.full_spec(spec),
         **{name: value for name, value in generation.items() if name != "batch_size"},
+        **{name: values[name].value for name in _CHAT},
         "backend": values.backend,
         "dequantize": common.dequantize(values, [spec]),
         "environment": environment.record(),
     }
+
+
+def _chat_options(values: flags.FlagValues) -> dict[str, bool]:
+    """The flags of conversations that are given."""
+    return {name: values[name].value for name in _CHAT if values[name].value is not None}
 
 
 def _remaining(output: records.Records, prompts, encoded) -> list[int]:

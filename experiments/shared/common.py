@@ -48,7 +48,7 @@ _DRAFTER_FLAGS = {
 }
 _OPTIONS = (
     *("max_new_tokens", "max_length", "temperature", "top_k", "top_p", "stop", "seed"),
-    *("batch_size", "acceptance", "ignore_eos"),
+    *("batch_size", "acceptance", "ignore_eos", "stop_token_ids"),
 )
 # Flags that describe --drafter; a preset's are dropped where another drafter is given.
 DRAFTER_FLAGS = (*_DRAFTER_FLAGS, "inner_drafter", "inner_checkpoint")
@@ -198,7 +198,13 @@ def define_sampling_flags(values: flags.FlagValues, max_new_tokens: int | None =
     flags.DEFINE_multi_string(
         "stop",
         [],
-        "String that ends a text and is cut off; may be repeated.",
+        "String that ends a text and is cut off, special tokens too; may be repeated.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_integer(
+        "stop_token_ids",
+        None,
+        "Token id that ends a generation besides the model's own; may be repeated.",
         flag_values=values,
     )
     flags.DEFINE_enum(

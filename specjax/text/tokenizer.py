@@ -56,7 +56,6 @@ def load_or_defer(
     except SpecjaxError as error:
         if chat_template is not None:
             raise
-        _log.warning("only token ids can be used: %s", error)
         return Unreadable(error)
 
 
@@ -137,12 +136,7 @@ class Tokenizer:
             text: raw text, no chat template.
             add_special_tokens: add what the model's tokenizer puts around a text (usually BOS).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"the text is not Unicode: half a surrogate pair, {text[error.start]!r}, at character {error.start}"
-            ) from None
+        unicode_text("the text", text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -252,11 +246,33 @@ class Unreadable:
 
     def __init__(self, error: SpecjaxError):
         self.error = error
+        self._said = False
+
+    def warn(self) -> None:
+        """Logs, once, that there are token ids but no text, and why."""
+        if not self._said:
+            _log.warning("results have token ids and no text: %s", self.error)
+        self._said = True
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
         raise self.error
+
+
+def unicode_text(name: str, text: str) -> str:
+    """The text, if it is Unicode.
+
+    Raises:
+        ConfigError: it has half a surrogate pair, as JSON escapes and wrongly decoded bytes may leave; `name` is named.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} is not Unicode: half a surrogate pair, {text[error.start]!r}, at character {error.start}"
+        ) from None
+    return text
 
 
 def usable(tokenizer: Any) -> "Tokenizer | None":
