@@ -37,12 +37,16 @@ from experiments.shared import (
     records,
 )
 from specjax.errors import ConfigError
+from specjax.language_model import Options
 
 _FINGERPRINT = (
     *("model", "drafter", "dtype", "scheme", "qserve_layernorm", "depth", "seed"),
     "max_new_tokens",
     *("max_length", "temperature", "top_k", "top_p", "stop", "acceptance", "ignore_eos"),
+    *("stop_token_ids", "add_generation_prompt", "continue_final_message"),
 )
+# Flags that say how conversations end.
+_CHAT = ("add_generation_prompt", "continue_final_message")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -58,6 +62,18 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_boolean(
             "raw", False, "--prompt is raw text to continue; no chat template.", flag_values=values
         )
+        flags.DEFINE_boolean(
+            "add_generation_prompt",
+            None,
+            "Messages end where the assistant begins to speak. Default: unless the last one is continued.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "continue_final_message",
+            None,
+            "Messages end with the text of the last one, which is continued.",
+            flag_values=values,
+        )
     with flag_groups.heading(values, "Output"):
         flags.DEFINE_string("output", None, "JSON lines of results.", flag_values=values)
         flags.DEFINE_boolean(
@@ -67,6 +83,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Checks everything that can be checked without the model, loads it, generates."""
+    Options(
+        **flags_sampling.options(values), **_chat_options(values)
+    )  # raises where a value is wrong
     prompts = _prompts(values)
     spec = flags_drafter.spec(values)
     config = _config(values, spec)
@@ -80,7 +99,9 @@ def main(values: flags.FlagValues) -> None:
     config["dtype"] = model.dtype_name
     config["fingerprint"] = records.fingerprint(config, _FINGERPRINT)
     source = values.prompts_file or "--prompt"
-    encoded = prompt_files.encode(model, prompts, source, values.max_length)
+    encoded = prompt_files.encode(
+        model, prompts, source, values.max_length, **_chat_options(values)
+    )
     todo = list(range(len(prompts)))
     if output is not None:
         output.check_config(config, _FINGERPRINT)
@@ -115,10 +136,16 @@ def _config(values: flags.FlagValues, spec: dict[str, Any]) -> dict[str, Any]:
         **flags_model.model_config(values),
         "drafter": naming.full_spec(spec),
         **{name: value for name, value in generation.items() if name != "batch_size"},
+        **{name: values[name].value for name in _CHAT},
         "backend": values.backend,
         "dequantize": flags_model.dequantize(values, [spec]),
         "environment": environment.record(),
     }
+
+
+def _chat_options(values: flags.FlagValues) -> dict[str, bool]:
+    """The flags of conversations that are given."""
+    return {name: values[name].value for name in _CHAT if values[name].value is not None}
 
 
 def _remaining(output: records.Records, prompts, encoded) -> list[int]:

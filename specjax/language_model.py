@@ -117,6 +117,7 @@ class Options:
             if (value is not None or name != "max_length") and sample.whole(name, value) < 1:
                 raise ConfigError(f"{name}={value}: at least 1 is needed")
         sample.whole("seed", self.seed)
+        sample.sampling(self.temperature, self.top_k, self.top_p)
         for name in ("ignore_eos", "continue_final_message", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -318,6 +319,8 @@ class LanguageModel(LoadedModel):
             )
         if options.stop:
             raise self.tokenizer.error
+        if self.tokenizer is not None:
+            self.tokenizer.warn()
         return None
 
     def _engine(self, drafter: registry.Spec, options: Options) -> Engine:

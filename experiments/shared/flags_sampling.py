@@ -10,7 +10,7 @@ from specjax import verify
 
 _OPTIONS = (
     *("max_new_tokens", "max_length", "temperature", "top_k", "top_p", "stop", "seed"),
-    *("batch_size", "acceptance", "ignore_eos"),
+    *("batch_size", "acceptance", "ignore_eos", "stop_token_ids"),
 )
 
 
@@ -27,7 +27,13 @@ def define(values: flags.FlagValues, max_new_tokens: int | None = 128) -> None:
         flags.DEFINE_multi_string(
             "stop",
             [],
-            "String that ends a text and is cut off; may be repeated.",
+            "String that ends a text and is cut off, special tokens too; may be repeated.",
+            flag_values=values,
+        )
+        flags.DEFINE_multi_integer(
+            "stop_token_ids",
+            None,
+            "Token id that ends a generation besides the model's own; may be repeated.",
             flag_values=values,
         )
         flags.DEFINE_boolean(

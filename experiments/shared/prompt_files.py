@@ -1,12 +1,14 @@
 """Files of prompts: read, checked, encoded."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import specjax
 from specjax.errors import CapacityError, ConfigError, SpecjaxError
+from specjax.text import chat
+from specjax.text.tokenizer import unicode_text
 
 _PROMPT_FIELDS = ("input_ids", "messages", "text", "prompt")  # in order of precedence
 
@@ -27,6 +29,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         name = fields.get("id", len(rows))
         if not isinstance(name, str | int):
             raise ConfigError(f"{where}: id={name!r}: expected a string or a whole number")
+        if isinstance(name, str):
+            _named(where, lambda name=name: unicode_text("id", name))
         if name in seen:
             raise ConfigError(f"{where}: id={name!r} occurs on line {seen[name]} too")
         seen[name] = number
@@ -51,7 +55,7 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _lines(path: Path) -> list[str]:
     try:
         # Not splitlines(), which also splits at characters that JSON strings may contain.
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
 
@@ -59,7 +63,7 @@ def _lines(path: Path) -> list[str]:
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: expected an object, found {type(fields).__name__}")
@@ -77,26 +81,26 @@ def _prompt(fields: dict[str, Any], where: str) -> dict[str, Any]:
     if name in ("text", "prompt"):
         valid, expected = isinstance(value, str), "a string"
     elif name == "input_ids":
-        valid, expected = _list_of(value, _is_token), "a list of token ids"
+        valid = isinstance(value, list) and all(map(_is_token, value))
+        expected = "a list of token ids"
     else:
-        valid, expected = _list_of(value, _is_message), "a list of objects with role and content"
+        _named(where, lambda: chat.messages(value))
+        return {name: value}
     if not valid:
         raise ConfigError(f"{where}: {name}: expected {expected}")
     return {name: value}
 
 
-def _list_of(value: Any, check) -> bool:
-    return isinstance(value, list) and all(map(check, value))
+def _named[Value](where: str, check: Callable[[], Value]) -> Value:
+    """What `check` gives; its errors begin with `where`."""
+    try:
+        return check()
+    except SpecjaxError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(k), str) for k in ("role", "content")
-    )
 
 
 def encode(
@@ -104,12 +108,14 @@ def encode(
     prompts: Sequence[dict[str, Any]],
     source: str,
     max_length: int | None = None,
+    **chat_options: Any,
 ) -> list[list[int]]:
     """Token ids of the rows of `read_prompts`; what is wrong with one is said before any is run.
 
     Args:
         source: what errors call the file; the line follows where a row has one.
         max_length: bound on prompt + new tokens; None = the model's positions.
+        **chat_options: how conversations end; see `LanguageModel.encode`.
     Raises:
         ConfigError, CapacityError: a prompt cannot be encoded, is empty, or leaves no room for new tokens.
     """
@@ -121,10 +127,8 @@ def encode(
         where = source
         if prompt["line"] is not None:
             where += f":{prompt['line']}: row {prompt['id']!r}"
-        try:
-            ids = model.encode(prompt["row"])
-        except SpecjaxError as error:
-            raise type(error)(f"{where}: {error}") from error
+        row = prompt["row"]
+        ids = _named(where, lambda row=row: model.encode(row, **chat_options))
         if len(ids) >= limit:
             raise CapacityError(
                 f"{where}: the prompt has {len(ids)} tokens, {name} is {limit}: no room for new ones; shorten it"

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts
 from specjax.pallas.matmul import backends, packed
+from specjax.pallas.matmul.form import PackedWeight
 from specjax.quant import linear as canonical
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import ActivationSpec, Scheme
@@ -29,7 +30,7 @@ class PackedLinear:
         backend: static; which implementation of the op runs it.
     """
 
-    weight: packed.PackedWeight
+    weight: PackedWeight
     perm: Int[Array, "K"] | None = None
     bias: Float[Array, "N"] | None = None
     scheme: Scheme = dataclasses.field(metadata=dict(static=True))

@@ -21,6 +21,7 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
+_PREFIX_BY_SETTINGS = ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -43,6 +44,7 @@ def read(path: Path, source: Path):
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{source}: the tokenizer cannot be read: {reason}") from error
     settings = _settings(path)
+    _set_prefix_space(tokenizer.backend_tokenizer, settings)
     _check_numbers(tokenizer, path, source, added_tokens(path, settings))
     return tokenizer
 
@@ -59,7 +61,7 @@ def convert_sentencepiece(path: Path, target: Path) -> None:
         path / "tokenizer.model",
         add_bos=bool(settings.get("add_bos_token", True)),
         add_eos=bool(settings.get("add_eos_token", False)),
-        specials={name: content for name in _NAMED if (content := _content(settings.get(name)))},
+        specials={name: _content(settings[name]) for name in _NAMED if name in settings},
         spaces=_spaces(settings),
         added=added,
     )
@@ -86,6 +88,25 @@ def _spaces(settings: Mapping[str, Any]) -> str | None:
     if settings.get("add_prefix_space") is False:
         return "never"
     return "always" if settings.get("legacy") else "first"
+
+
+def _set_prefix_space(backend, settings: Mapping[str, Any]) -> None:
+    """Lets the settings say whether a text begins with a space, for the classes of tokenizers that let them."""
+    import tokenizers
+
+    wanted = settings.get("add_prefix_space")
+    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if name not in _PREFIX_BY_SETTINGS or not isinstance(wanted, bool):
+        return
+    pipeline = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    steps = [s for s in pipeline.get("pretokenizers", [pipeline]) if s.get("type") == "ByteLevel"]
+    if all(step["add_prefix_space"] == wanted for step in steps):
+        return
+    for step in steps:
+        step["add_prefix_space"] = wanted
+    empty = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    changed = tokenizers.Tokenizer.from_str(json.dumps({**empty, "pre_tokenizer": pipeline}))
+    backend.pre_tokenizer = changed.pre_tokenizer
 
 
 def added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

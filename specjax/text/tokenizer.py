@@ -56,7 +56,6 @@ def load_or_defer(
     except SpecjaxError as error:
         if chat_template is not None:
             raise
-        _log.warning("only token ids can be used: %s", error)
         return Unreadable(error)
 
 
@@ -137,12 +136,7 @@ class Tokenizer:
             text: raw text, no chat template.
             add_special_tokens: add what the model's tokenizer puts around a text (usually BOS).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"the text is not Unicode: half a surrogate pair, {text[error.start]!r}, at character {error.start}"
-            ) from None
+        unicode_text("the text", text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -223,6 +217,19 @@ class Tokenizer:
         pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges", ())]
         return self._backend.get_vocab(with_added_tokens=True), ["".join(pair) for pair in pairs]
 
+    def conflict(self, other: "Tokenizer") -> tuple[int, str, str] | None:
+        """An id that is one token here and another one in `other`, with both; None if there is none."""
+        mine = {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+        theirs = other._backend.get_vocab(with_added_tokens=True)
+        return next(
+            (
+                (i, mine[i], token)
+                for token, i in sorted(theirs.items(), key=lambda item: item[1])
+                if mine.get(i, token) != token
+            ),
+            None,
+        )
+
     def digest(self) -> str:
         """SHA-256 over the (id, token) pairs: equal where ids mean the same tokens."""
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -239,11 +246,33 @@ class Unreadable:
 
     def __init__(self, error: SpecjaxError):
         self.error = error
+        self._said = False
+
+    def warn(self) -> None:
+        """Logs, once, that there are token ids but no text, and why."""
+        if not self._said:
+            _log.warning("results have token ids and no text: %s", self.error)
+        self._said = True
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
         raise self.error
+
+
+def unicode_text(name: str, text: str) -> str:
+    """The text, if it is Unicode.
+
+    Raises:
+        ConfigError: it has half a surrogate pair, as JSON escapes and wrongly decoded bytes may leave; `name` is named.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} is not Unicode: half a surrogate pair, {text[error.start]!r}, at character {error.start}"
+        ) from None
+    return text
 
 
 def usable(tokenizer: Any) -> "Tokenizer | None":

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from specjax.errors import ConfigError
-from specjax.text.tokenizer import Tokenizer
+from specjax.text.tokenizer import Tokenizer, unicode_text
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -20,6 +20,8 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
         raise ConfigError(f"{stop=}: expected a string or a list of strings") from None
     if not all(isinstance(text, str) for text in found):
         raise ConfigError(f"{stop=}: expected a string or a list of strings")
+    for text in found:
+        unicode_text("stop", text)
     if "" in found:
         raise ConfigError(f"{stop=}: an empty stop string would stop everything")
     return found

@@ -136,7 +136,7 @@ def from_sentencepiece(
     *,
     add_bos: bool = True,
     add_eos: bool = False,
-    specials: Mapping[str, str] = MappingProxyType({}),
+    specials: Mapping[str, str | None] = MappingProxyType({}),
     spaces: str | None = None,
     added: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
 ):
@@ -144,7 +144,7 @@ def from_sentencepiece(
 
     Args:
         add_bos, add_eos: put BOS before a text, EOS behind it.
-        specials: special tokens by their Hugging Face names, where they are not the model's own.
+        specials: special tokens by their Hugging Face names, where they are not the model's own; None: there is none.
         spaces: where a text that begins without a space gets one: "first", "always" (behind every special token too)
             or "never"; None: SentencePiece's own rule, which asks the model, and adds one to a text that has one.
         added: tokens by id, as fields of `tokenizers.AddedToken`; they replace the model's own of the same id.
@@ -178,7 +178,7 @@ def from_sentencepiece(
     if spaces is not None:
         backend.normalizer = None
         backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, spaces, split=False)
-    specials = {**own, **specials}
+    specials = {name: token for name, token in {**own, **specials}.items() if token is not None}
     ends = [
         token if wanted and backend.token_to_id(token or "") is not None else None
         for token, wanted in (

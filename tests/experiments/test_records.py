@@ -46,7 +46,12 @@ def test_rows_without_id_are_numbered(tmp_path):
         ('{"id": 1, "turns": ["a"]}', r"p\.jsonl:1: fields \['id', 'turns'\]; one of input_ids"),
         ('{"id": 1, "input_ids": "12"}', r"p\.jsonl:1: input_ids: expected a list of token ids"),
         ('{"id": 1, "input_ids": [1, 2.5]}', "input_ids: expected a list of token ids"),
-        ('{"id": 1, "messages": ["hi"]}', "messages: expected a list of objects"),
+        ('{"id": 1, "messages": ["hi"]}', r"p\.jsonl:1: messages\[0\]: expected an object"),
+        ('{"messages": "hi"}', r"p\.jsonl:1: messages: expected a list"),
+        ('{"messages": [{"role": "user"}]}', r"p\.jsonl:1: messages\[0\]: content is missing"),
+        ('{"id": "\\ud800", "text": "a"}', r"p\.jsonl:1: id is not Unicode"),
+        ('{"id": 1, "text": ' + "[" * 100_000, r"p\.jsonl:1: not valid JSON"),
+        ('{"id": ' + "1" * 5000 + "}", r"p\.jsonl:1: not valid JSON"),
         ('{"id": 1, "text": 5}', "text: expected a string"),
         ('{"id": [1], "text": "a"}', r"id=\[1\]"),
         ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}', r"p\.jsonl:2: id=1 occurs on line 1"),
@@ -57,6 +62,11 @@ def test_malformed_prompts_name_the_line(tmp_path, text, message):
     path = _write(tmp_path / "p.jsonl", text)
     with pytest.raises(ConfigError, match=message):
         prompt_files.read_prompts(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = _write(tmp_path / "p.jsonl", '\ufeff{"text": "a"}\n')
+    assert [row["row"] for row in records.read_prompts(path)] == [{"text": "a"}]
 
 
 def test_prompts_that_are_not_text_are_refused(tmp_path):

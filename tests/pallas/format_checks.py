@@ -5,9 +5,11 @@ import numpy as np
 
 from specjax.pallas.matmul import packed, registers
 from specjax.pallas.matmul.columns import BLOCK
+from specjax.pallas.matmul.form import TILE, PackedWeight
 from specjax.pallas.matmul.formats.base import Format
 from specjax.pallas.matmul.formats.kernel import KernelFormat
 from specjax.pallas.matmul.operand import Operand
+from specjax.pallas.matmul.weight import Canonical
 from tests.pallas import fragments, ptx
 
 FLOATS = (jnp.float16, jnp.bfloat16)
@@ -16,7 +18,7 @@ ARRAYS = ("codes", "scales", "zeros", "minima", "channel_scales")
 
 def weight_of(
     format: Format, outputs: int, inputs: int, group_size: int, minima: bool = False
-) -> packed.Canonical:
+) -> Canonical:
     """A random canonical weight in a format."""
     rng = np.random.default_rng(0)
     if format.integer:
@@ -31,14 +33,14 @@ def weight_of(
         tables |= dict(zeros=None, minima=table)
     tables = {name: None if a is None else jnp.asarray(a) for name, a in tables.items()}
     codes = codes.astype(format.code_dtype)
-    return packed.Canonical(codes=codes, group_size=group_size, levels=format.levels, **tables)
+    return Canonical(codes=codes, group_size=group_size, levels=format.levels, **tables)
 
 
 def numpy_of(array) -> np.ndarray:
     return np.asarray(array.astype(jnp.float32))
 
 
-def check_unpack_inverts_pack(weight: packed.Canonical, operand_bits: int) -> None:
+def check_unpack_inverts_pack(weight: Canonical, operand_bits: int) -> None:
     found = packed.unpack(packed.pack(weight, operand_bits))
     for name in ARRAYS:
         ours, theirs = getattr(found, name), getattr(weight, name)
@@ -59,14 +61,14 @@ def check_order(format: KernelFormat, operand_bits: int) -> None:
     np.testing.assert_array_equal(order.from_memory(stored), columns)
 
 
-def check_packed_arithmetic(weight: packed.Canonical, operand_bits: int) -> None:
+def check_packed_arithmetic(weight: Canonical, operand_bits: int) -> None:
     """Operands and tables, put together as the kernels do, are the weight that the host's definition gives."""
     packing = packed.pack(weight, operand_bits)
     form, format = packing.form, packing.form.format
     dtype = jnp.dtype(jnp.float16 if operand_bits == 16 else jnp.int8)
     operand = Operand(dtype=dtype, unit="wgmma", arch=(9, 0), emulate=True)
     loaded = format.loaded(packing.codes).astype(jnp.int8)
-    rows = loaded.swapaxes(1, 2).reshape(form.n_tiles * packed.TILE, -1)
+    rows = loaded.swapaxes(1, 2).reshape(form.n_tiles * TILE, -1)
     unit = form.table_group or rows.shape[1]
     tables = {name: _by_column(packing, name, unit) for name in ("scales", "zeros", "minima")}
     parts = []
@@ -91,7 +93,7 @@ def check_packed_arithmetic(weight: packed.Canonical, operand_bits: int) -> None
     np.testing.assert_array_equal(value, numpy_of(wanted))
 
 
-def _by_column(packing: packed.PackedWeight, name: str, unit: int) -> np.ndarray | None:
+def _by_column(packing: PackedWeight, name: str, unit: int) -> np.ndarray | None:
     table = getattr(packing, name)
     if table is None:
         return None

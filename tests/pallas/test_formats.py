@@ -1,9 +1,7 @@
-"""Every registered weight format, without naming one; and a format of a few lines that only this file knows."""
+"""Every registered weight format, without naming one; and a format of a few lines that is only registered here."""
 
-import dataclasses
 import re
 from pathlib import Path
-from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +13,14 @@ from specjax import errors
 from specjax.pallas import matmul as folder
 from specjax.pallas.matmul import mosaic, packed, reference, specs
 from specjax.pallas.matmul.formats import registry
-from specjax.pallas.matmul.formats.base import Variant
 from specjax.pallas.matmul.formats.int4 import Int4
-from specjax.pallas.matmul.formats.kernel import KernelFormat, Widening
+from specjax.pallas.matmul.formats.kernel import KernelFormat
 from specjax.pallas.matmul.plan import Config
 from specjax.quant import activations
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import SCHEMES, ActivationSpec, Scheme, WeightSpec
 from tests.pallas import format_checks as checks
+from tests.pallas import odd4
 
 # Outputs, inputs, group size: with padding both ways, groups beyond a tile, and one scale per channel.
 SHAPES = ((130, 320, 64), (64, 512, 256), (100, 200, 200))
@@ -99,45 +97,23 @@ def test_only_formats_name_schemes():
         assert not [line for line in lines if pattern.search(line)], path
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Odd4(Int4):
-    """Code c stands for 2c + 1: a symmetric grid of 16 values without a zero."""
-
-    levels: str = "odd"
-    triton: ClassVar[str | None] = None
-
-    def values(self, codes, dtype):
-        one, two = (jnp.asarray(number, dtype) for number in (1, 2))
-        return codes.astype(dtype) * two + one
-
-    def operand_dtype(self, input_dtype, arch):
-        return jnp.int8
-
-    def factor(self, operand):
-        return 8 if operand.bits == 8 else 1
-
-    def widening(self, operand):
-        assembly, words = super().widening(operand)
-        if operand.bits == 8:  # 8 (2c + 1) = 16 c + 8
-            more = [f"xor.b32 ${i}, ${i}, 0x08080808;" for i in range(words)]
-        else:
-            suffix, one = ("f16x2", 0x3C00) if operand.dtype == jnp.float16 else ("bf16x2", 0x3F80)
-            more = [
-                f".reg .b32 two, unit; mov.b32 two, 0x40004000; mov.b32 unit, {one * 0x10001:#x};",
-                *(f"fma.rn.{suffix} ${i}, ${i}, two, unit;" for i in range(words)),
-            ]
-        return Widening(assembly.rstrip("}") + "\n".join(more) + "\n}", words)
-
-    def variants(self):
-        return (Variant(name="odd-g128", input_bits=16, group_size=128),)
-
-
 @pytest.fixture
 def odd(monkeypatch):
     """The format, registered."""
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
-    yield registry.register(Odd4())
+    (format,) = odd4.FORMATS
+    others = [f for f in registry.formats() if f.name != format.name]
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    for other in others:
+        registry.register(other)
+    yield registry.register(format)
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def test_the_map_of_the_workspace_shows_this_file_and_one_line():
+    text = Path("WORKSPACE.md").read_text(encoding="utf-8")
+    lines = Path(odd4.__file__).read_text(encoding="utf-8").splitlines()
+    assert "\n".join(f"+{line}" for line in lines) in text
+    assert text.count('\n+    "odd4",\n') == 1
 
 
 def test_a_new_format_is_covered(odd):

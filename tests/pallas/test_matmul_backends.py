@@ -11,6 +11,7 @@ from specjax import errors
 from specjax.pallas import device, tuned
 from specjax.pallas.matmul import backends, mosaic, packed, tiles
 from specjax.pallas.matmul.api import matmul
+from specjax.pallas.matmul.form import Form
 from specjax.pallas.matmul.formats import registry
 from specjax.pallas.matmul.operand import Operand
 from specjax.pallas.matmul.plan import Config, Plan
@@ -32,9 +33,9 @@ def refusal(*arguments, **kwargs) -> str:
     return str(caught.value)
 
 
-def form(n: int, k: int, **fields) -> packed.Form:
+def form(n: int, k: int, **fields) -> Form:
     defaults = dict(group_size=128 if k % 128 == 0 else 64, format=INT4, operand_bits=16)
-    return packed.Form(out_features=n, in_features=k, **defaults | fields)
+    return Form(out_features=n, in_features=k, **defaults | fields)
 
 
 def test_without_a_gpu_packed_weights_run_on_xla():
@@ -107,7 +108,7 @@ def test_splits_cover_every_tile_once():
                 assert ends[-1] * tiles_per_step == weight.k_tiles
 
 
-def _plan(weight: packed.Form, config: Config) -> Plan:
+def _plan(weight: Form, config: Config) -> Plan:
     return Plan(
         form=weight,
         operand=Operand(dtype=jnp.dtype(jnp.float16), unit="wgmma", arch=(9, 0)),

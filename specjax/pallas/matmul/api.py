@@ -4,8 +4,8 @@ from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas import dispatch
 from specjax.pallas.matmul import backends
+from specjax.pallas.matmul.form import PackedWeight
 from specjax.pallas.matmul.operand import dtype_bits
-from specjax.pallas.matmul.packed import PackedWeight
 from specjax.pallas.matmul.weight import QuantizedWeight
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from specjax.pallas import device, dispatch
 from specjax.pallas.matmul import packed, reference
+from specjax.pallas.matmul.form import PackedWeight
 from specjax.pallas.matmul.formats import registry
 from specjax.pallas.matmul.formats.base import Format
 
@@ -22,7 +23,7 @@ _FLOATS = (jnp.float16, jnp.bfloat16)
 
 def format_of(weight) -> Format:
     """Of a packed or canonical weight."""
-    return weight.form.format if isinstance(weight, packed.PackedWeight) else registry.of(weight)
+    return weight.form.format if isinstance(weight, PackedWeight) else registry.of(weight)
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def _refuses_mosaic(x, weight, *, x_scale=None, **kwargs) -> str | None:
     reason = device.unsupported()
     if reason is not None:
         return reason
-    if not isinstance(weight, packed.PackedWeight):
+    if not isinstance(weight, PackedWeight):
         return packed.refuses_unpacked(weight)
     form = weight.form
     if x_scale is not None:
@@ -84,7 +85,7 @@ def _by_rows(launch: Callable) -> Callable:
 
 
 def _run_xla(x, weight, **kwargs):
-    if isinstance(weight, packed.PackedWeight):
+    if isinstance(weight, PackedWeight):
         weight = packed.unpack(weight)
     return reference.matmul(x, weight, **kwargs)
 

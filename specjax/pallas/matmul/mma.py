@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from specjax.pallas.matmul import folding, registers
-from specjax.pallas.matmul.plan import TILE, Plan
+from specjax.pallas.matmul.form import TILE
+from specjax.pallas.matmul.plan import Plan
 
 _Layout = plgpu.Layout
 _ROWS = 64

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Shaped
 
 from specjax.pallas import device
 from specjax.pallas.matmul import mma, packed, tiles, wgmma
+from specjax.pallas.matmul.form import TILE, PackedWeight
 from specjax.pallas.matmul.operand import Operand, dtype_bits
-from specjax.pallas.matmul.plan import TILE, Config, Plan
+from specjax.pallas.matmul.plan import Config, Plan
 
 _LARGEST_TILE = 64
 # Rows that wgmma takes: multiples of 8; with int8 operands only some.
@@ -40,7 +41,7 @@ def weights_per_thread(config: Config) -> int:
 
 def matmul(
     x: Shaped[Array, "M K"],
-    weight: packed.PackedWeight,
+    weight: PackedWeight,
     *,
     arch: tuple[int, int],
     x_scale: Float[Array, "M 1"] | None = None,
@@ -66,7 +67,7 @@ def matmul(
 
 def _float_matmul(
     x: Float[Array, "M K"],
-    weight: packed.PackedWeight,
+    weight: PackedWeight,
     bias: Float[Array, "N"] | None,
     *,
     arch: tuple[int, int],
@@ -98,7 +99,7 @@ def _float_matmul(
 
 def float_parts(
     x: Float[Array, "M K"],
-    weight: packed.PackedWeight,
+    weight: PackedWeight,
     *,
     arch: tuple[int, int],
     config: Config | None = None,
@@ -120,7 +121,7 @@ def float_parts(
 def _integer_matmul(
     x_codes: Shaped[Array, "M K"],
     x_scale: Float[Array, "M 1"],
-    weight: packed.PackedWeight,
+    weight: PackedWeight,
     x_sums: Float[Array, "M G"] | None,
     bias: Float[Array, "N"] | None,
     *,
@@ -207,7 +208,7 @@ def _group_sums(rows: Shaped[Array, "R J"], plan: Plan) -> Shaped[Array, "R Q"]:
     return functools.reduce(jnp.add, [parts[..., i] for i in range(parts.shape[-1])])
 
 
-def _partial_sums(plan: Plan, rows, weight: packed.PackedWeight, sums, name: str, interpret):
+def _partial_sums(plan: Plan, rows, weight: PackedWeight, sums, name: str, interpret):
     inputs = dict(x=rows, codes=plan.format.loaded(weight.codes))
     inputs |= {table: getattr(weight, table) for table in plan.tables}
     if plan.uses_sums:
@@ -225,7 +226,7 @@ def _row(table: Shaped[Array, "I 1 128"], dtype) -> Shaped[Array, "N"]:
     return table.reshape(-1).astype(dtype)
 
 
-def _per_channel(total, weight: packed.PackedWeight, sums, dtype) -> Float[Array, "R N"]:
+def _per_channel(total, weight: PackedWeight, sums, dtype) -> Float[Array, "R N"]:
     """(total + zero * sums) * scale, one of each per output."""
     if weight.zeros is not None:
         total = total + sums * _row(weight.zeros, dtype)

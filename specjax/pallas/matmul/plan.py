@@ -7,11 +7,9 @@ import numpy as np
 from jax import lax
 
 from specjax import errors
-from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.form import TILE, Form
 from specjax.pallas.matmul.formats.kernel import KernelFormat
 from specjax.pallas.matmul.operand import Operand
-
-TILE = packed.TILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Plan:
         out_dtype: of the partial sums.
     """
 
-    form: packed.Form
+    form: Form
     operand: Operand
     config: Config
     rows: int

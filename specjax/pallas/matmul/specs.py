@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from specjax import errors
 from specjax.pallas.matmul import packed
+from specjax.pallas.matmul.form import PackedWeight
 from specjax.pallas.matmul.formats import registry
 from specjax.pallas.matmul.formats.base import Format, Variant
+from specjax.pallas.matmul.weight import Canonical
 
 # Outputs and inputs of the projections, those that share their input fused.
 MODELS = {
@@ -42,7 +44,7 @@ class Spec:
         """16 for float inputs, 8 for integer ones."""
         return 16 if self.variant.input_bits == 16 else 8
 
-    def weight(self) -> packed.PackedWeight:
+    def weight(self) -> PackedWeight:
         """The packed weight's abstract arrays."""
         variant = self.variant
         size = self.k if variant.group_size == -1 else variant.group_size
@@ -57,7 +59,7 @@ class Spec:
         )
 
         def pack(arrays):
-            weight = packed.Canonical(**arrays, group_size=size, levels=self.format.levels)
+            weight = Canonical(**arrays, group_size=size, levels=self.format.levels)
             return packed.pack(weight, self.operand_bits)
 
         return jax.eval_shape(pack, abstract)

@@ -2,8 +2,8 @@
 
 from specjax.pallas import device, tuned
 from specjax.pallas.device import Gpu
-from specjax.pallas.matmul import packed
-from specjax.pallas.matmul.plan import TILE, Config
+from specjax.pallas.matmul.form import STEP_TILES, TILE, Form
+from specjax.pallas.matmul.plan import Config
 
 # Multiprocessors of a typical device, by compute capability.
 _NUM_SMS = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128}
@@ -17,7 +17,7 @@ _MAX_ACCUMULATORS = 256
 _RESERVED_BYTES = 2048
 
 
-def lookup(op: str, form: packed.Form, m_tile: int, operand_bits: int, gpu: Gpu) -> Config:
+def lookup(op: str, form: Form, m_tile: int, operand_bits: int, gpu: Gpu) -> Config:
     """Tiles for a weight under `m_tile` rows per block."""
     key = tuned.weight_key(form.out_features, form.in_features, form.table_group)
     entry = tuned.table(op, gpu.kind).get(key)
@@ -39,12 +39,12 @@ def typical(arch: tuple[int, int]) -> Gpu:
 
 
 def heuristic(
-    form: packed.Form, m_tile: int, operand_bits: int, gpu: Gpu, splits: int | None = None
+    form: Form, m_tile: int, operand_bits: int, gpu: Gpu, splits: int | None = None
 ) -> Config:
     """Tiles where none were measured: blocks that fill the device in few waves, stages that fit."""
     splits = _splits(form, gpu.num_sms) if splits is None else splits
     widest = form.split_tiles
-    for tiles in (t for t in packed.STEP_TILES if t <= widest):
+    for tiles in (t for t in STEP_TILES if t <= widest):
         stages = _stages(form, m_tile, operand_bits, tiles, gpu)
         accumulators = tiles * TILE // (form.table_group or TILE) * m_tile
         if stages >= _MIN_STAGES and accumulators <= _MAX_ACCUMULATORS:
@@ -53,7 +53,7 @@ def heuristic(
     return Config(tiles_per_step=tiles, num_stages=max(1, min(stages, steps)), splits=splits)
 
 
-def _splits(form: packed.Form, num_sms: int) -> int:
+def _splits(form: Form, num_sms: int) -> int:
     """Parts of the inputs; from the weight alone."""
     steps = form.k_tiles // form.split_tiles
 
@@ -65,7 +65,7 @@ def _splits(form: packed.Form, num_sms: int) -> int:
     return min(range(1, min(_MAX_SPLITS, steps) + 1), key=cost)
 
 
-def stage_bytes(form: packed.Form, m_tile: int, operand_bits: int, tiles: int, gpu: Gpu) -> int:
+def stage_bytes(form: Form, m_tile: int, operand_bits: int, tiles: int, gpu: Gpu) -> int:
     """Shared memory of one pipeline stage, at most."""
     columns, hopper = tiles * TILE, gpu.arch[0] == 9
     outputs = TILE if hopper else TILE // 2
@@ -78,7 +78,7 @@ def stage_bytes(form: packed.Form, m_tile: int, operand_bits: int, tiles: int, g
     return num_bytes
 
 
-def _stages(form: packed.Form, m_tile: int, operand_bits: int, tiles: int, gpu: Gpu) -> int:
+def _stages(form: Form, m_tile: int, operand_bits: int, tiles: int, gpu: Gpu) -> int:
     """Pipeline stages that fit in shared memory."""
     per_stage = stage_bytes(form, m_tile, operand_bits, tiles, gpu)
     available = gpu.shared_memory - _RESERVED_BYTES

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from specjax.pallas import device
 from specjax.pallas.matmul import packed
-from specjax.pallas.matmul.packed import TILE, PackedWeight
+from specjax.pallas.matmul.form import TILE, PackedWeight
 
 # Rows per block that Triton's dot takes.
 _ROW_TILES = (16, 32, 64)

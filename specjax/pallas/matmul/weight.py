@@ -1,8 +1,9 @@
 """What a quantized weight is to this package, and helpers for its groups of input features."""
 
+import dataclasses
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 
 
 @runtime_checkable
@@ -28,6 +29,19 @@ class QuantizedWeight(Protocol):
 
     @property
     def levels(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Canonical:
+    """The arrays of a canonical weight (see `QuantizedWeight`), and nothing else."""
+
+    codes: Shaped[Array, "N K"]
+    scales: Shaped[Array, "N G"]
+    zeros: Shaped[Array, "N G"] | None
+    minima: Float[Array, "N G"] | None
+    channel_scales: Float[Array, "N"] | None
+    group_size: int
+    levels: str
 
 
 def grouped(codes: Shaped[Array, "N K"], group_size: int) -> Shaped[Array, "N G g"]:

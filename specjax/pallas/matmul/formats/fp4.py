@@ -20,3 +20,6 @@ class FP4(Format):
 
     def backends(self, input_bits: int) -> tuple[str, ...]:
         return ("mosaic", "triton", "xla") if input_bits == 16 else ("xla",)
+
+
+FORMATS = (FP4(),)

@@ -20,3 +20,6 @@ class FP8(Format):
 
     def backends(self, input_bits: int) -> tuple[str, ...]:
         return ("mosaic", "xla") if input_bits == 16 else ("xla",)
+
+
+FORMATS = (FP8(),)

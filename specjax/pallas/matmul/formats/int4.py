@@ -112,3 +112,6 @@ class Int4(KernelFormat):
             Variant(input_bits=4, group_size=128),
             Variant(name="per-channel", input_bits=4, group_size=-1),
         )
+
+
+FORMATS = (Int4(), Int4(code_dtype="uint4"))

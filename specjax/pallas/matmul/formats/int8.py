@@ -65,3 +65,6 @@ class Int8(KernelFormat):
             Variant(input_bits=8, group_size=-1, scale_dtype="float32"),
             Variant(name="g128", input_bits=8, group_size=128, scale_dtype="float32"),
         )
+
+
+FORMATS = (Int8(), Int8(code_dtype="uint8"))

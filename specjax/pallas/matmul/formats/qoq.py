@@ -70,3 +70,6 @@ class QoQ(Int4):
             Variant(name="qoq-g128", input_bits=8, group_size=128, scale_dtype="int8", zeros=True),
             Variant(name="qoq-per-channel", input_bits=8, group_size=-1, minima=True),
         )
+
+
+FORMATS = (QoQ(),)

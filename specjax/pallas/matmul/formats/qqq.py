@@ -100,3 +100,6 @@ class QQQ(Int4):
             Variant(name="qqq-g128", input_bits=8, group_size=128, scale_dtype="float32"),
             Variant(name="qqq-g128", input_bits=4, group_size=128),
         )
+
+
+FORMATS = (QQQ(),)

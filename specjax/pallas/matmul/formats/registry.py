@@ -1,15 +1,20 @@
 """The weight formats by the dtype of their codes and their levels."""
 
+from importlib import import_module
+
 from specjax import errors
 from specjax.pallas.matmul.formats.base import Format
-from specjax.pallas.matmul.formats.fp4 import FP4
-from specjax.pallas.matmul.formats.fp8 import FP8
-from specjax.pallas.matmul.formats.int4 import Int4
-from specjax.pallas.matmul.formats.int8 import Int8
-from specjax.pallas.matmul.formats.qoq import QoQ
-from specjax.pallas.matmul.formats.qqq import QQQ
 from specjax.pallas.matmul.weight import QuantizedWeight
 
+# Files of this folder; each ends with its FORMATS.
+_FILES = (
+    "int4",
+    "int8",
+    "qqq",
+    "qoq",
+    "fp8",
+    "fp4",
+)
 _REGISTERED: dict[tuple[str, str], Format] = {}
 
 
@@ -27,14 +32,9 @@ def register(format: Format) -> Format:
     return format
 
 
-register(Int4())
-register(Int4(code_dtype="uint4"))
-register(Int8())
-register(Int8(code_dtype="uint8"))
-register(QQQ())
-register(QoQ())
-register(FP8())
-register(FP4())
+for _file in _FILES:
+    for _format in import_module(f"{__package__}.{_file}").FORMATS:
+        register(_format)
 
 
 def formats() -> tuple[Format, ...]:
