@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from specjax import checkpoints
-from specjax.checkpoints import base, export
+from specjax.checkpoints import base, export, inventory
 from specjax.config import DTYPES, ModelConfig
 from specjax.depth import build as routing
 from specjax.errors import ConfigError, SpecjaxError
@@ -124,8 +124,8 @@ def convert(
 
     Raises:
         ConfigError: unknown names, or a combination that is not supported; raised before long work.
-        CheckpointError: the source is damaged, the format cannot hold the linears, or the check
-            failed.
+        CheckpointError: the source is damaged or holds tensors that the model does not have, the format cannot hold
+            the linears, or the check failed.
         FileNotFoundError: the source or the calibration file does not exist.
     """
     started = time.monotonic()
@@ -278,6 +278,7 @@ def _load(path: Path, checkpoint: base.Checkpoint, decode: bool) -> tuple[Llama,
     """The model, dense in float32 if it is to be changed, and the rotation that it comes with."""
     module = llama.build(checkpoint, jnp.dtype("float32" if decode else checkpoint.config.dtype))
     module = routing.attach(module, checkpoint.config, routing.policy(checkpoint))
+    inventory.check(checkpoint)
     module = rotating.attach_from(module, path)
     written = manifest.read(path) if path.is_dir() else None
     file = rotations.find(path) if path.is_dir() else None

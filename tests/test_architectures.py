@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,8 +59,11 @@ def relative(found, expected) -> float:
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
+_full_logits = jax.jit(llama.full_logits)
+
+
 def logits(module: llama.Llama, ids) -> np.ndarray:
-    return np.asarray(llama.full_logits(module, jnp.asarray(ids)))
+    return np.asarray(_full_logits(module, jnp.asarray(ids)))
 
 
 def config_of(name: str, file: str = "config.json", **changes) -> ModelConfig:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from specjax.checkpoints import gguf_file
+from specjax.checkpoints import gguf_file, gguf_split
 from specjax.checkpoints.gguf_file import GGUFFile
+from specjax.checkpoints.gguf_split import GGUFParts
 from specjax.config import ModelConfig, RopeConfig
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import base as file_base
@@ -45,7 +46,7 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _KNOWN = re.compile(
     rf"(({'|'.join(_GLOBAL_NAMES.values())})\.weight"
-    rf"|blk\.\d+\.({'|'.join(_LAYER_NAMES.values())})\.(weight|bias)|{re.escape(_ROPE_FACTORS)})"
+    rf"|blk\.\d+\.({'|'.join(_LAYER_NAMES.values())})\.(weight|bias|scale|input_scale)|{re.escape(_ROPE_FACTORS)})"
 )
 
 
@@ -61,7 +62,7 @@ class GGUFCheckpoint:
 
     format = "gguf"
 
-    def __init__(self, file: GGUFFile):
+    def __init__(self, file: GGUFFile | GGUFParts):
         self.path = file.path
         self.file = file
         self.config = read_config(file)
@@ -76,6 +77,8 @@ class GGUFCheckpoint:
         stored = _gguf_name(name)
         rows = self._rows(name, shape)
         array = gguf_file.dequantize(rows, self.file.info(stored)).reshape(shape)
+        if (scale := self._scale(stored)) is not None:
+            array = array.astype(np.float32) * scale
         file_base.check_finite(array, stored, self.path)
         return array
 
@@ -86,7 +89,7 @@ class GGUFCheckpoint:
         name, shape = f"{prefix}.weight", (out_features, in_features)
         stored = _gguf_name(name)
         type_name = self.file.info(stored).type_name
-        if type_name not in gguf_file.BLOCK_TYPES:
+        if type_name not in gguf_file.BLOCK_TYPES or self._scale(stored) is not None:
             return Linear(jnp.asarray(self.tensor(name, shape)), values)
         codes, scales, minima = gguf_file.decode_blocks(self._rows(name, shape), type_name)
         for floats in (scales, minima):
@@ -101,6 +104,17 @@ class GGUFCheckpoint:
             scheme=scheme,
             group_size=gguf_file.GROUP_SIZE,
         )
+
+    def _scale(self, stored: str) -> np.float32 | None:
+        """The factor of a whole weight (NVFP4 has one), or None."""
+        name = f"{stored.removesuffix('.weight')}.scale"
+        if not stored.endswith(".weight") or name not in self.file.names():
+            return None
+        info = self.file.info(name)
+        file_base.check_shape(info.shape, (1,), name, self.path)
+        value = gguf_file.dequantize(self.file.rows(name), info).astype(np.float32).reshape(1)
+        file_base.check_finite(value, name, self.path)
+        return value[0]
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, "N row_bytes"]:
         """Encoded rows in Hugging Face order; the shape is checked."""
@@ -117,16 +131,16 @@ class GGUFCheckpoint:
 
 
 def open_file(path: Path) -> GGUFCheckpoint:
-    """Opens a .gguf file.
+    """Opens a .gguf file; of one that is split, any part.
 
     Raises:
         ConfigError: an architecture or setting that is not supported; the metadata key is named.
         CheckpointError: malformed, truncated, or with tensors that do not belong to such a model.
     """
-    return GGUFCheckpoint(GGUFFile(path))
+    return GGUFCheckpoint(gguf_split.open_parts(path))
 
 
-def read_config(file: GGUFFile) -> ModelConfig:
+def read_config(file: GGUFFile | GGUFParts) -> ModelConfig:
     """The model's configuration from the metadata and the names of the tensors.
 
     Raises:
@@ -177,7 +191,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
 class _Metadata:
     """Keys below the architecture's name."""
 
-    def __init__(self, file: GGUFFile):
+    def __init__(self, file: GGUFFile | GGUFParts):
         self._file = file
         self._prefix = file.metadata.get("general.architecture")
         if self._prefix not in _ARCHITECTURES:
@@ -187,11 +201,6 @@ class _Metadata:
             )
         self._refuse("expert_count", (None, 0), "mixtures of experts")
         self._refuse("attention.sliding_window", (None, 0), "sliding windows")
-        if file.metadata.get("split.count", 1) > 1:
-            raise ConfigError(
-                f"{file.path}: split.count = {file.metadata['split.count']}: merge the parts first "
-                "with llama-gguf-split --merge"
-            )
 
     @property
     def architecture(self) -> str:
@@ -232,7 +241,7 @@ class _Metadata:
             )
 
 
-def _rope_from_factors(file: GGUFFile, rope: RopeConfig, head_dim: int) -> RopeConfig:
+def _rope_from_factors(file: GGUFFile | GGUFParts, rope: RopeConfig, head_dim: int) -> RopeConfig:
     """llama.cpp stores Llama 3's frequency scaling as one divisor per frequency; finds the setting
     that gives them.
 
@@ -256,7 +265,7 @@ def _rope_from_factors(file: GGUFFile, rope: RopeConfig, head_dim: int) -> RopeC
     )
 
 
-def _refuse_unknown_tensors(file: GGUFFile) -> None:
+def _refuse_unknown_tensors(file: GGUFFile | GGUFParts) -> None:
     for name in file.names():
         if not _KNOWN.fullmatch(name):
             raise CheckpointError(

@@ -1,15 +1,17 @@
-"""GGUF files, versions 2 and 3: metadata, tensor table, and the block formats F32, F16, BF16, Q4_0,
-Q4_1, Q8_0.
+"""GGUF files, versions 2 and 3: metadata, tensor table, and the formats F64, F32, F16, BF16, Q4_0, Q4_1, Q8_0.
 
 Layout: magic "GGUF", version, counts; metadata (key, type, value); tensor table (name, dimensions
 fastest first, type, offset); data aligned to `general.alignment`
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Quantized rows are runs of blocks: a
 half-precision scale (and minimum), then the codes; byte j of a 4-bit block holds elements j and j +
-16. Other block formats are decoded by the optional `gguf` package.
+16. All other block formats are decoded by the optional `gguf` package.
+
+Texts are not checked when the file is opened: one that is not UTF-8 is an error when its key is read.
 """
 
 import importlib.util
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ TENSOR_TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     30: ("BF16", 1, 2),
+    28: ("F64", 1, 8),
     2: ("Q4_0", 32, 18),
     3: ("Q4_1", 32, 20),
     8: ("Q8_0", 32, 34),
@@ -37,14 +40,35 @@ TENSOR_TYPES = {
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
     20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
     23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+}
+# Types of other uses (integers, products in flight, layouts that llama.cpp dropped), to be refused by name.
+_OTHER_TYPES = {
+    **{4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64"},
+    **{31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8"},
+    **{38: "IQ4_NL_8_8", 41: "Q1_0"},
 }
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q8_0")
 GROUP_SIZE = 32
-_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FLOATS = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+}
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+# What decoding by surrogateescape makes of bytes that are not UTF-8.
+_ESCAPED = re.compile("[\udc80-\udcff]")
 _MAX_DIMENSIONS = 4
 
 
@@ -76,6 +100,36 @@ class TensorInfo:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
+class Metadata(dict):
+    """Values by key; reading one whose text is not UTF-8 is an error, since nothing can be right about it.
+
+    Raises:
+        CheckpointError: on reading such a value (by index or `get`).
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        texts = value if isinstance(value, list) else [value]
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                break
+            if not text.isascii() and _ESCAPED.search(text):
+                where = f"{key}[{position}]" if isinstance(value, list) else key
+                raw = text.encode("utf-8", "surrogateescape")
+                raise CheckpointError(f"{self._path}: metadata key {where} = {raw!r} is not UTF-8")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
 class GGUFFile:
     """A memory-mapped GGUF file.
 
@@ -92,20 +146,18 @@ class GGUFFile:
         self._data = file_base.map_file(path)
         reader = _Reader(self._data, path)
         num_tensors, num_keys = _parse_start(reader)
-        self.metadata: dict[str, Any] = {}
-        for _ in range(num_keys):
-            key = reader.string()
-            reader.place = f"metadata key {key}"
-            self.metadata[key] = reader.value(reader.scalar("I"))
+        self.metadata = _parse_metadata(reader, num_keys, path)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise CheckpointError(f"{path}: general.alignment = {alignment!r} is not positive")
         entries = [_parse_tensor(reader) for _ in range(num_tensors)]
         start = -(-reader.position // alignment) * alignment
-        self._tensors = {
-            name: TensorInfo(shape=shape, type_id=type_id, offset=start + offset)
-            for name, shape, type_id, offset in entries
-        }
+        self._tensors: dict[str, TensorInfo] = {}
+        for name, shape, type_id, offset in entries:
+            if name in self._tensors:
+                raise CheckpointError(f"{path}: tensor {name} stands in the file more than once")
+            self._tensors[name] = TensorInfo(shape=shape, type_id=type_id, offset=start + offset)
+        self._read: set[str] = set()
         self._check_tensors()
 
     def names(self) -> tuple[str, ...]:
@@ -120,8 +172,13 @@ class GGUFFile:
         """The encoded bytes of a tensor, one row per run of its last dimension; a view of the
         file."""
         info = self.info(name)
+        self._read.add(name)
         raw = self._data[info.offset : info.offset + info.num_bytes]
         return raw.reshape(math.prod(info.shape[:-1]), info.row_bytes)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names of tensors whose rows nobody has asked for."""
+        return tuple(name for name in self._tensors if name not in self._read)
 
     def _check_tensors(self) -> None:
         for name, info in sorted(self._tensors.items(), key=lambda item: item[1].offset):
@@ -162,10 +219,11 @@ class _Reader:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        try:
-            return str(self.bytes(self.scalar("Q")), "utf-8")
-        except UnicodeDecodeError as error:
-            raise self.malformed(str(error)) from error
+        return str(self.bytes(self.scalar("Q")), "utf-8", "surrogateescape")
+
+    def name(self) -> str:
+        """A text that messages can show."""
+        return self.string().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
     def value(self, type_id: int) -> Any:
         if type_id in _SCALARS:
@@ -183,6 +241,13 @@ class _Reader:
             raise self.malformed(f"unknown array item type {item}")
         return [self.string() for _ in range(count)]
 
+    def unsupported(self, name: str, type_id: int) -> CheckpointError:
+        kind = f"type {_OTHER_TYPES.get(type_id, 'unknown to specjax')} (number {type_id})"
+        known = ", ".join(entry[0] for entry in TENSOR_TYPES.values())
+        return CheckpointError(
+            f"{self._path}: tensor {name} has {kind}, which is not supported (supported: {known})"
+        )
+
     def malformed(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self._path} is malformed at {self.place}: {reason}")
 
@@ -198,9 +263,20 @@ def _parse_start(reader: _Reader) -> tuple[int, int]:
     return reader.scalar("Q"), reader.scalar("Q")
 
 
+def _parse_metadata(reader: _Reader, count: int, path: Path) -> Metadata:
+    metadata = Metadata(path)
+    for _ in range(count):
+        key = reader.name()
+        reader.place = f"metadata key {key}"
+        if key in metadata:
+            raise reader.malformed("the key stands in the file more than once")
+        metadata[key] = reader.value(reader.scalar("I"))
+    return metadata
+
+
 def _parse_tensor(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     """Returns name, shape (slowest first), type number and offset within the data."""
-    name = reader.string()
+    name = reader.name()
     reader.place = f"tensor {name}"
     dimensions = reader.scalar("I")
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
@@ -208,8 +284,7 @@ def _parse_tensor(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     shape = tuple(reader.scalar("Q") for _ in range(dimensions))[::-1]
     type_id, offset = reader.scalar("I"), reader.scalar("Q")
     if type_id not in TENSOR_TYPES:
-        supported = ", ".join(known[0] for known in TENSOR_TYPES.values())
-        raise reader.malformed(f"type number {type_id} is not supported (supported: {supported})")
+        raise reader.unsupported(name, type_id)
     if shape[-1] % TENSOR_TYPES[type_id][1]:
         raise reader.malformed(
             f"rows of {shape[-1]} elements in {TENSOR_TYPES[type_id][0]} blocks of "
@@ -247,7 +322,8 @@ def dequantize(
 ) -> Float[np.ndarray, "N K"]:
     """Rows of any supported type as floats: F16 and BF16 as they are, the others in float32."""
     if info.type_name in _FLOATS:
-        return np.ascontiguousarray(rows).view(_FLOATS[info.type_name])
+        values = np.ascontiguousarray(rows).view(_FLOATS[info.type_name])
+        return values.astype(np.float32) if info.type_name == "F64" else values
     if info.type_name in BLOCK_TYPES:
         codes, scales, minima = decode_blocks(rows, info.type_name)
         groups = codes.reshape(*scales.shape, GROUP_SIZE)

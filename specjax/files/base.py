@@ -53,8 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        # Windows editors put a byte order mark before a text.
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} holds a JSON {type(parsed).__name__}, expected an object")

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from specjax.errors import CheckpointError
-from specjax.files import base, source
+from specjax.files import base, find
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ NAMED_MODELS = {
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")
 _CHUNK_BYTES = 1 << 20
 _SMALL_FILES = (
     "config.json",
@@ -95,7 +96,8 @@ def resolve(path_or_name: str | Path, cache_dir: Path | None = None) -> Path:
     fetched if need be.
 
     Args:
-        path_or_name: an existing path wins over a name.
+        path_or_name: an existing path wins over a name; of a folder with one GGUF model and no config.json, the
+            model's file is meant.
         cache_dir: where named models are kept, below `specjax/`; `default_cache_dir()` if None. The
             Hub has its own cache.
 
@@ -107,7 +109,7 @@ def resolve(path_or_name: str | Path, cache_dir: Path | None = None) -> Path:
     name = str(path_or_name)
     path = Path(name).expanduser()
     if name and path.exists():
-        return path
+        return _only_gguf(path) or path
     if name in NAMED_MODELS:
         return fetch_named(name, cache_dir)
     if isinstance(path_or_name, str) and _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
@@ -116,6 +118,18 @@ def resolve(path_or_name: str | Path, cache_dir: Path | None = None) -> Path:
         f"model {name!r}: no such file or folder, and neither a known name "
         f"({', '.join(NAMED_MODELS)}) nor a Hugging Face Hub id (org/name)"
     )
+
+
+def _only_gguf(path: Path) -> Path | None:
+    """The file, or first part, of the one GGUF model in a folder that has no config.json."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    models = [
+        file
+        for file in sorted(path.glob("*.gguf"))
+        if not _LATER_PART.search(file.name) and not file.name.startswith("mmproj")
+    ]
+    return models[0] if len(models) == 1 else None
 
 
 def fetch_named(name: str, cache_dir: Path | None = None) -> Path:
@@ -241,11 +255,13 @@ def _fetch_online(repo_id: str, snapshot: Callable[..., Path]) -> Path:
 
     try:
         siblings = huggingface_hub.HfApi().model_info(repo_id, timeout=10).siblings or []
-        weights = _weight_file(repo_id, [sibling.rfilename for sibling in siblings])
-        wanted = [*_SMALL_FILES, weights]
-        folder = snapshot(allow_patterns=wanted)
-        if weights.endswith(".index.json"):
-            folder = snapshot(allow_patterns=[*wanted, *_shards(folder / weights)])
+        listed = [sibling.rfilename for sibling in siblings]
+        stated = find.stated_name(snapshot(allow_patterns=list(_SMALL_FILES)))
+        weights = _weight_files(repo_id, listed, stated)
+        folder = snapshot(allow_patterns=[*_SMALL_FILES, *weights])
+        if weights[0].endswith(".index.json"):
+            wanted = [*_SMALL_FILES, *weights, *_shards(folder / weights[0])]
+            folder = snapshot(allow_patterns=wanted)
         return folder
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         reason = "the Hugging Face Hub has no such repository, or this account may not read it"
@@ -264,16 +280,14 @@ def _not_fetched(repo_id: str, reason: str) -> str:
     )
 
 
-def _weight_file(repo_id: str, files: list[str]) -> str:
-    """The preferred one of the weight files or indices: repositories often hold weights twice."""
-    for name in source.STANDARD_NAMES:
-        if name in files:
-            return name
-    gguf = [name for name in files if name.endswith(".gguf")]
-    hint = f"; it has {gguf[0]}: download one such file and pass its path" if gguf else ""
-    raise CheckpointError(
-        f"{repo_id} has no weights in a standard file ({', '.join(source.STANDARD_NAMES)}){hint}"
-    )
+def _weight_files(repo_id: str, files: list[str], stated: str | None = None) -> tuple[str, ...]:
+    """The preferred weight file, index or shards: repositories often hold weights twice."""
+    try:
+        return find.weight_files([f for f in files if "/" not in f], repo_id, stated=stated)
+    except FileNotFoundError as error:
+        gguf = [name for name in files if name.endswith(".gguf")]
+        hint = f"; it has {gguf[0]}: download one such file and pass its path" if gguf else ""
+        raise CheckpointError(f"{error}{hint}") from error
 
 
 def _shards(index: Path) -> list[str]:
@@ -285,8 +299,10 @@ def _is_complete(folder: Path) -> bool:
     """Whether a snapshot has a configuration and all files of its weights."""
     if not (folder / "config.json").is_file():
         return False
-    for name in source.STANDARD_NAMES:
-        if (folder / name).is_file():
-            shards = _shards(folder / name) if name.endswith(".index.json") else []
-            return all((folder / shard).is_file() for shard in shards)
-    return False
+    files = [file.name for file in folder.iterdir() if file.is_file()]
+    try:
+        [weights, *_] = find.weight_files(files, str(folder), stated=find.stated_name(folder))
+    except (FileNotFoundError, CheckpointError):
+        return False
+    shards = _shards(folder / weights) if weights.endswith(".index.json") else []
+    return all((folder / shard).is_file() for shard in shards)

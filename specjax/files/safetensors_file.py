@@ -2,7 +2,7 @@
 
 Files are memory-mapped by a parser of our own, which gives bfloat16 and float8 through
 ml_dtypes and finds a truncated file when it is opened. Format: 8 bytes little-endian header length,
-a JSON header {name: {dtype, shape, data_offsets}}, then the data
+a JSON header {name: {dtype, shape, data_offsets}}, then the data, tensor after tensor without gaps
 (https://huggingface.co/docs/safetensors).
 """
 
@@ -52,13 +52,23 @@ class SafetensorsFile:
         header, start = _parse_header(self._data, path)
         header.pop("__metadata__", None)
         self._entries = {name: _entry(name, entry, path) for name, entry in header.items()}
-        available = self._data.size - start
-        for name, (_, _, _, end) in sorted(self._entries.items(), key=lambda item: item[1][3]):
+        available, reached = self._data.size - start, 0
+        for name, (_, _, begin, end) in sorted(self._entries.items(), key=lambda item: item[1][2:]):
+            if begin != reached:
+                raise CheckpointError(
+                    f"{path}: the data of tensor {name} begin at byte {begin} of all data, where the tensor before "
+                    f"ends at {reached}; the header is damaged"
+                )
+            reached = end
             if end > available:
                 raise CheckpointError(
                     f"{path} is truncated at tensor {name}: its data ends at byte {start + end}, "
                     f"the file has {self._data.size} bytes; copy or download it again"
                 )
+        if reached != available:
+            raise CheckpointError(
+                f"{path}: its tensors take {reached} bytes, but {available} follow the header; it is damaged"
+            )
         self._start = start
 
     def names(self) -> Sequence[str]:
@@ -100,7 +110,7 @@ def _parse_header(data: np.ndarray, path: Path) -> tuple[dict[str, Any], int]:
         )
     try:
         header = json.loads(data[8 : 8 + length].tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not an object")
@@ -110,10 +120,12 @@ def _parse_header(data: np.ndarray, path: Path) -> tuple[dict[str, Any], int]:
 def _entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], int, int]:
     """Checks one header entry; returns dtype tag, shape, first and last byte within the data."""
     try:
-        tag, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        tag, shape = str(entry["dtype"]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: malformed header entry of tensor {name}") from error
+    if any(type(n) is not int for n in (begin, end, *shape)):
+        raise CheckpointError(f"{path}: malformed header entry of tensor {name}: {entry}")
     if min((0, begin, *shape)) < 0 or end < begin:
         raise CheckpointError(f"{path}: malformed header entry of tensor {name}: {entry}")
     expected = math.prod(shape) * DTYPES[tag].itemsize if tag in DTYPES else end - begin

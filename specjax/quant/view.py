@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import errors
-from specjax.pallas import dispatch, weights
+from specjax.pallas import dispatch
+from specjax.pallas.matmul import reference
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
@@ -119,7 +120,7 @@ def expanded(linear: QuantizedLinear) -> QuantizedLinear:
     fits = spec is not None and spec.kind == "int" and linear.minima is None
     if not fits or linear.scheme.weights.bits == 8:
         return linear
-    codes, scales = weights.runtime(linear)
+    codes, scales = reference.runtime(linear)
     return QuantizedLinear(
         codes=codes,
         scales=scales,

@@ -97,8 +97,8 @@ def check_architecture(config: ModelConfig) -> None:
     if config.norm_placement != "before" or config.norm_kind != "rms":
         raise errors.ConfigError(
             f"{config.architecture} cannot be rotated: its norms (norm_placement = {config.norm_placement!r}, "
-            f"norm_kind = {config.norm_kind!r}) act on single channels of the residual stream; supported are RMS norms before the "
-            "blocks; drop rotate"
+            f"norm_kind = {config.norm_kind!r}) act on single channels of the residual stream; supported are RMS norms "
+            "before the blocks; drop rotate"
         )
 
 

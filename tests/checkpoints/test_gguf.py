@@ -365,7 +365,6 @@ def test_linear_rope_scaling(tmp_path):
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.attention.head_count_kv": 3}, r"num_key_value_heads = 3"),
         ({"llama.attention.head_count_kv": [2, 2]}, r"num_key_value_heads = \[2, 2\]"),
-        ({"split.count": 3}, r"split\.count = 3.*merge"),
     ],
 )
 def test_refused_metadata(tmp_path, change, message):
@@ -441,8 +440,130 @@ def test_malformed_start(tmp_path, position, data, message):
 
 def test_unknown_tensor_type_is_refused(tmp_path):
     stored = tensors() | {"output.weight": ("?", (VOCAB, HIDDEN), bytes(64))}
-    with pytest.raises(CheckpointError, match=r"tensor output\.weight: type number 99"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor output\.weight has type unknown to specjax \(number 99\)"
+    ):
         gguf.open_file(write(tmp_path / "m.gguf", METADATA, stored))
+
+
+@pytest.mark.parametrize("number, name", [(9, "Q8_1"), (26, "I32"), (31, "Q4_0_4_4")])
+def test_types_that_hold_no_weights_are_refused_by_name(tmp_path, number, name):
+    stored = tensors() | {"output.weight": ("?", (VOCAB, HIDDEN), bytes(64))}
+    path = write(tmp_path / "m.gguf", METADATA, stored)
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 99), struct.pack("<I", number)))
+    message = rf"tensor output\.weight has type {name} \(number {number}\), which is not supported"
+    with pytest.raises(CheckpointError, match=message):
+        gguf.open_file(path)
+
+
+def test_every_block_type_is_decoded_as_the_gguf_package_does(tmp_path):
+    package = pytest.importorskip("gguf")
+    rng, stored = np.random.default_rng(4), tensors()
+    kinds = {name: sizes for name, *sizes in gguf_file.TENSOR_TYPES.values() if sizes[0] > 1}
+    for name, (elements, size) in kinds.items():
+        # Bytes below 0x3c keep half-precision scales finite.
+        data = rng.integers(0, 0x3C, (VOCAB, 256 // elements * size), np.uint8)
+        stored = {**stored, "output.weight": (name, (VOCAB, 256), data.tobytes())}
+        loaded = gguf.open_file(write(tmp_path / f"{name}.gguf", METADATA, stored))
+        expected = package.quants.dequantize(data, package.GGMLQuantizationType[name])
+        found = loaded.tensor("lm_head.weight", (VOCAB, 256))
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+
+
+def test_nvfp4_weights_are_multiplied_by_their_scale(tmp_path):
+    pytest.importorskip("gguf")
+    rng = np.random.default_rng(5)
+    data = rng.integers(0, 0x3C, (HIDDEN, 36), np.uint8).tobytes()
+    plain = tensors() | {"blk.0.attn_output.weight": ("NVFP4", (HIDDEN, HIDDEN), data)}
+    scale = {"blk.0.attn_output.scale": ("F32", np.array([0.5], np.float32))}
+    found = [
+        gguf.open_file(write(tmp_path / f"{i}.gguf", METADATA, stored))
+        .linear("model.layers.0.self_attn.o_proj", HIDDEN, HIDDEN, False)
+        .weight[...]
+        for i, stored in enumerate([plain, plain | scale])
+    ]
+    np.testing.assert_array_equal(0.5 * found[0], found[1])
+
+
+def test_text_that_is_not_utf8_is_an_error_where_it_is_read(tmp_path):
+    path = write(tmp_path / "m.gguf", METADATA | {"general.description": "caf@"}, tensors())
+    path.write_bytes(path.read_bytes().replace(b"caf@", b"caf\xe9"))
+    loaded = gguf.open_file(path)
+    assert loaded.config.num_layers == 2
+    with pytest.raises(CheckpointError, match=r"general\.description = b'caf\\xe9' is not UTF-8"):
+        loaded.file.metadata.get("general.description")
+    path = write(tmp_path / "t.gguf", METADATA, tensors())
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9\xe9"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.tokens\[2\]"):
+        gguf.open_file(path).file.metadata["tokenizer.ggml.tokens"]
+
+
+def test_keys_and_tensors_that_stand_twice_are_refused(tmp_path):
+    path = write(tmp_path / "m.gguf", METADATA | {"llama.block_counz": 3}, tensors())
+    path.write_bytes(path.read_bytes().replace(b"block_counz", b"block_count"))
+    with pytest.raises(CheckpointError, match=r"llama\.block_count: the key stands .* more than"):
+        gguf.open_file(path)
+    path = write(tmp_path / "t.gguf", METADATA, tensors())
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up", b"blk.0.ffn_up"))
+    with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_up\.weight stands .* more than"):
+        gguf.open_file(path)
+
+
+def split(folder: Path, count: int = 3, stated: int | None = None) -> list[Path]:
+    """A model in parts, as llama-gguf-split names and marks them."""
+    stored = list(tensors().items())
+    paths = []
+    for index in range(count):
+        marks = {"split.no": (2, "H", index), "split.count": (2, "H", count)}
+        marks["split.tensors.count"] = (5, "i", len(stored) if stated is None else stated)
+        metadata = (METADATA if index == 0 else {}) | marks
+        path = folder / f"m-{index + 1:05d}-of-{count:05d}.gguf"
+        paths.append(write(path, metadata, dict(stored[index::count])))
+    return paths
+
+
+def test_split_files_open_from_any_part(tmp_path):
+    whole = gguf.open_file(write(tmp_path / "m.gguf", METADATA, tensors()))
+    for path in split(tmp_path):
+        found = gguf.open_file(path)
+        assert set(found.file.names()) == set(whole.file.names())
+        for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+            shape = found.file.info(gguf._gguf_name(name)).shape
+            np.testing.assert_array_equal(found.tensor(name, shape), whole.tensor(name, shape))
+
+
+def test_parts_that_are_missing_are_named(tmp_path):
+    first, second, third = split(tmp_path)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"missing beside it: m-00002-of-00003\.gguf;"):
+        gguf.open_file(third)
+    first.unlink()
+    with pytest.raises(CheckpointError, match=r"m-00001-of-00003\.gguf is missing.*metadata"):
+        gguf.open_file(third)
+    with pytest.raises(CheckpointError, match=r"its name must end in -00001-of-00003\.gguf"):
+        gguf.open_file(third.rename(tmp_path / "renamed.gguf"))
+
+
+def test_parts_of_another_place_or_model_are_refused(tmp_path):
+    first, second, third = split(tmp_path)
+    data = third.read_bytes()
+    third.write_bytes(second.read_bytes())
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.*split\.no = 1 .*expected 2"):
+        gguf.open_file(first)
+    third.write_bytes(data)
+    split(tmp_path, stated=30)
+    with pytest.raises(CheckpointError, match=r"split\.tensors\.count = 30, but its parts hold 20"):
+        gguf.open_file(first)
+
+
+def test_a_missing_part_without_tensors_is_no_loss(tmp_path, caplog):
+    """As some repositories have them: the first part says that it holds all tensors."""
+    paths = split(tmp_path, count=1)
+    stored, marks = tensors(), {"split.no": (2, "H", 0), "split.count": (2, "H", 2)}
+    marks["split.tensors.count"] = (5, "i", len(stored))
+    path = write(tmp_path / "m-00001-of-00002.gguf", METADATA | marks, stored)
+    assert gguf.open_file(path).file.names() == gguf.open_file(paths[0]).file.names()
+    assert "m-00002-of-00002.gguf missing" in caplog.text
 
 
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):

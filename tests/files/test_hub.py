@@ -251,6 +251,7 @@ def test_incomplete_hub_snapshot_offline_is_one_clear_error(tmp_path, offline, c
             ["m-1.safetensors", "m-2.safetensors", "model.safetensors.index.json"],
         ),
         (["pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["gptq_model-4bit-32g.safetensors"], ["gptq_model-4bit-32g.safetensors"]),
     ],
 )
 def test_online_fetches_one_kind_of_weights(tmp_path, monkeypatch, listed, weights):
@@ -264,7 +265,7 @@ def test_online_fetches_one_kind_of_weights(tmp_path, monkeypatch, listed, weigh
         for name in huggingface_hub.utils.filter_repo_objects(
             listed, allow_patterns=allow_patterns
         ):
-            (tmp_path / name).write_text(INDEX if name.endswith("index.json") else "")
+            (tmp_path / name).write_text(INDEX if name.endswith("index.json") else "{}")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: info)
@@ -273,9 +274,20 @@ def test_online_fetches_one_kind_of_weights(tmp_path, monkeypatch, listed, weigh
     assert files(tmp_path) == sorted(["config.json", "tokenizer.json", *weights])
 
 
+def test_a_folder_with_one_gguf_model_means_its_file(tmp_path):
+    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m.gguf"):
+        (tmp_path / name).touch()
+    assert hub.resolve(tmp_path) == tmp_path / "m-00001-of-00002.gguf"
+    (tmp_path / "other.gguf").touch()
+    assert hub.resolve(tmp_path) == tmp_path
+    (tmp_path / "other.gguf").unlink()
+    (tmp_path / "config.json").touch()
+    assert hub.resolve(tmp_path) == tmp_path
+
+
 def test_repository_without_standard_weights():
-    with pytest.raises(CheckpointError, match=r"o/n has no weights.*it has a\.Q4_K\.gguf"):
-        hub._weight_file("o/n", ["a.Q4_K.gguf", "README.md"])
+    with pytest.raises(CheckpointError, match=r"no weights in o/n.*it has a\.Q4_K\.gguf"):
+        hub._weight_files("o/n", ["a.Q4_K.gguf", "README.md"])
 
 
 def test_repository_that_does_not_exist(monkeypatch, tmp_path):

@@ -105,6 +105,7 @@ def test_not_a_safetensors_file(tmp_path):
         ({"data_offsets": [0, 8]}, r"x of shape \[3, 5\] and dtype F32 takes 60 bytes.* 8"),
         ({"data_offsets": [60, 0]}, "malformed header entry of tensor x"),
         ({"data_offsets": None}, "malformed header entry of tensor x"),
+        ({"shape": [3.0, 5]}, "malformed header entry of tensor x"),
         ({"shape": [-3, -5]}, "malformed header entry of tensor x"),
     ],
 )
@@ -189,11 +190,70 @@ def test_missing_shard_is_named(tmp_path):
         source.open_source(tmp_path)
 
 
-def test_shard_without_its_tensor(tmp_path):
+def test_an_entry_that_no_shard_holds_is_an_error_when_it_is_read(tmp_path, caplog):
     shard(tmp_path, a="m-1.safetensors", b="m-2.safetensors")
     write(tmp_path / "m-2.safetensors", {"other": values(np.float32)})
-    with pytest.raises(CheckpointError, match=r"b is missing from .*m-2\.safetensors"):
+    opened = source.open_source(tmp_path)
+    assert opened.names() == ("a", "other")
+    assert "names 1 tensors that no file holds (b)" in caplog.text
+    np.testing.assert_array_equal(opened.read("a"), values(np.float32))
+    with pytest.raises(CheckpointError, match=r"b is missing from .*m-2\.safetensors \(model\."):
+        opened.read("b")
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_found(tmp_path):
+    shard(tmp_path, a="m-1.safetensors", b="m-2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-2.safetensors", "b": "m-1.safetensors"}}))
+    opened = source.open_source(tmp_path)
+    np.testing.assert_array_equal(opened.read("b"), values(np.float32))
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    index = shard(tmp_path, a="m-1.safetensors", b="m-2.safetensors")
+    write(tmp_path / "m-2.safetensors", {name: values(np.float32, (2, 2)) for name in "ab"})
+    assert source.open_source(tmp_path).shape("a") == (3, 5)  # the index says in which
+    index.write_text(json.dumps({"weight_map": {"b": "m-1.safetensors", "c": "m-2.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"a is in m-1\.safetensors and in m-2\.safetensors"):
         source.open_source(tmp_path)
+
+
+def test_shards_in_a_folder_below(tmp_path):
+    (tmp_path / "shards").mkdir()
+    shard(tmp_path, a="shards/m-1.safetensors", b="m-2.safetensors")
+    assert source.open_source(tmp_path).names() == ("a", "b")
+
+
+def test_shards_without_an_index(tmp_path):
+    for index, name in enumerate("ab"):
+        file = tmp_path / f"model-{index + 1:05d}-of-00002.safetensors"
+        write(file, {name: values(np.float32)})
+    assert source.open_source(tmp_path).names() == ("a", "b")
+
+
+def test_a_byte_order_mark_and_no_tensors_in_a_shard(tmp_path):
+    index = shard(tmp_path, a="m-1.safetensors", b="m-2.safetensors")
+    write(tmp_path / "m-2.safetensors", {}, lambda header: header.update(__metadata__=None))
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes() + b" \n")
+    assert source.open_source(tmp_path).names() == ("a",)
+
+
+@pytest.mark.parametrize("move", [-20, 20])
+def test_tensors_that_overlap_or_leave_gaps(tmp_path, move):
+    def edit(header):
+        header["b"]["data_offsets"] = [60 + move, 120 + move]
+
+    tensors = {"a": values(np.float32), "b": values(np.float32), "c": values(np.float32)}
+    path = write(tmp_path / "m.safetensors", tensors, edit)
+    with pytest.raises(CheckpointError, match=r"data of tensor [bc] begin at byte"):
+        safetensors_file.SafetensorsFile(path)
+
+
+def test_data_that_belong_to_no_tensor(tmp_path):
+    path = write(tmp_path / "m.safetensors", {"a": values(np.float32)})
+    path.write_bytes(path.read_bytes() + bytes(8))
+    with pytest.raises(CheckpointError, match="take 60 bytes, but 68 follow the header"):
+        safetensors_file.SafetensorsFile(path)
 
 
 @pytest.mark.parametrize("file", ["../m.safetensors", "/tmp/m.safetensors", 3])
@@ -225,6 +285,15 @@ def test_stray_safetensors_are_ignored(tmp_path):
 def test_other_names_can_be_asked_for(tmp_path):
     write(tmp_path / "rotated.safetensors", {"x": values(np.float32)})
     assert source.open_source(tmp_path, ["rotated.safetensors"]).names() == ("x",)
+
+
+def test_consolidated_weights_are_read_where_their_names_fit(tmp_path):
+    file = tmp_path / "consolidated.safetensors"
+    write(file, {"tok_embeddings.weight": values(np.float32)})
+    with pytest.raises(FileNotFoundError, match=r"consolidated.*tok_embeddings.*Mistral's own"):
+        source.open_source(tmp_path)
+    write(file, {"model.norm.weight": values(np.float32)})
+    assert source.open_source(tmp_path).names() == ("model.norm.weight",)
 
 
 @pytest.mark.parametrize("file", ["model_gptq.safetensors", "quant_model.safetensors"])

@@ -105,7 +105,13 @@ def round_rows(x: np.ndarray, spec) -> tuple[np.ndarray, np.ndarray]:
     amax = np.abs(x).max(axis=-1, keepdims=True)
     bits = (spec.kind, spec.bits)
     levels = {("int", 8): 127, ("int", 4): 7, ("float", 8): 448, ("float", 4): 6}[bits]
-    levels = np.float32(levels + 0.5 * spec.full_range)
+    if spec.full_range:
+        # compressed-tensors 0.20: calculate_qparams and quantize.
+        scale = amax / np.float32(levels + 0.5)
+        scaled = x / np.where(scale == 0, np.finfo(np.float32).eps, scale)
+        low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+        return np.rint(np.clip(scaled, low, high)).astype(np.float64), scale.astype(np.float64)
+    levels = np.float32(levels)
     with np.errstate(divide="ignore"):
         inverse = np.where(amax == 0, np.float32(0), levels / amax)
     scaled = (x * inverse).astype(np.float64)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts
-from specjax.pallas.tree_attention import config, reference
+from specjax.pallas.tree_attention import reference
 
 
 # Pallas is imported where there is a GPU for it only: it takes a third of the import time of this package.
@@ -21,7 +21,7 @@ def _mosaic_refuses(*args, valid, window, scale, softcap, **kwargs) -> str | Non
     for name, value in (("window", window), ("scale", scale), ("softcap", softcap)):
         if value is not None:
             return f"{name}={value:g}: the kernel has no {name}"
-    reason = device.unsupported(config.ARCHS)
+    reason = device.unsupported()
     if reason is not None:
         return reason
     from specjax.pallas.tree_attention import mosaic
@@ -70,7 +70,7 @@ def kernel_takes(
     projected: Parts, keys: Float[Array, "B K S C"], tail: Bool[Array, "B T W"] | None
 ) -> bool:
     """Whether `project_and_attend` can run here: as for `tree_attention`, with queries like the cache."""
-    if device.unsupported(config.ARCHS) is not None:
+    if device.unsupported() is not None:
         return False
     from specjax.pallas.tree_attention import mosaic
 
