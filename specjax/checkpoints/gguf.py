@@ -60,7 +60,7 @@ class GGUFCheckpoint:
         self.path = file.path
         self.file = file
         self.config = read_config(file)
-        _refuse_unknown_tensors(file)
+        _refuse_unknown_tensors(file, self.config)
         self._declared = ARCHITECTURES[file.metadata["general.architecture"]]
 
     def has(self, name: str) -> bool:
@@ -334,12 +334,24 @@ def _factors(file: GGUFFile | GGUFParts, name: str) -> Shaped[np.ndarray, "F"]:
     return gguf_file.dequantize(file.rows(name), file.info(name)).reshape(-1).astype(np.float64)
 
 
-def _refuse_unknown_tensors(file: GGUFFile | GGUFParts) -> None:
+def _refuse_unknown_tensors(file: GGUFFile | GGUFParts, config: ModelConfig) -> None:
+    """Refuses tensors that the model as its metadata describes it would not read."""
+    absent = set() if config.learned_positions else {"position_embd"}
+    for name, there in (
+        ("input_layernorm", config.norm_placement != "after"),
+        ("post_attention_layernorm", config.norm_placement != "after"),
+        ("attention_output_norm", config.norm_placement != "before"),
+        ("mlp_output_norm", config.norm_placement != "before"),
+        ("self_attn.q_norm", config.qk_norm is not None),
+        ("self_attn.k_norm", config.qk_norm is not None),
+        ("mlp.gate_proj", config.gated_mlp),
+    ):
+        absent |= set() if there else {LAYER_NAMES[name]}
     for name in file.names():
-        if not _KNOWN.fullmatch(name):
+        if not _KNOWN.fullmatch(name) or absent & set(name.split(".")):
             raise CheckpointError(
-                f"{file.path}: tensor {name} is not part of a supported model "
-                f"({', '.join(ARCHITECTURES)})"
+                f"{file.path}: tensor {name} is not part of {config.architecture}; supported are the tensors of "
+                f"{', '.join(ARCHITECTURES)}"
             )
 
 
