@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from specjax import checkpoints
-from specjax.checkpoints import base, export
+from specjax.checkpoints import base, export, inventory
 from specjax.config import DTYPES, ModelConfig
 from specjax.depth import build as routing
 from specjax.errors import ConfigError, SpecjaxError
@@ -26,7 +26,8 @@ from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.quant import rotation as rotations
 from specjax.quant.rotation import Rotation
-from specjax.quantize import calibration, heads, layerwise, quantize, recipe, rotate, rtn, selfcheck
+from specjax.quantize import calibration, heads, layerwise, quantize, recipe, rtn, selfcheck
+from specjax.quantize import rotate as rotating
 from specjax.quantize.recipe import Recipe
 from specjax.quantize.workdir import WorkDir
 from specjax.text import tokenizer
@@ -123,8 +124,8 @@ def convert(
 
     Raises:
         ConfigError: unknown names, or a combination that is not supported; raised before long work.
-        CheckpointError: the source is damaged, the format cannot hold the linears, or the check
-            failed.
+        CheckpointError: the source is damaged or holds tensors that the model does not have, the format cannot hold
+            the linears, or the check failed.
         FileNotFoundError: the source or the calibration file does not exist.
     """
     started = time.monotonic()
@@ -153,6 +154,8 @@ def convert(
     checkpoint = checkpoints.open_checkpoint(path)
     if chosen is not None:
         _check_recipe(chosen, checkpoint.config, format)
+    if rotate or rotation is not None:
+        rotating.check_architecture(checkpoint.config)
     text = _tokenizer(path, checkpoint, needed=calibration_file is not None)
     windows = None
     if chosen is not None and chosen.needs_calibration:
@@ -275,7 +278,8 @@ def _load(path: Path, checkpoint: base.Checkpoint, decode: bool) -> tuple[Llama,
     """The model, dense in float32 if it is to be changed, and the rotation that it comes with."""
     module = llama.build(checkpoint, jnp.dtype("float32" if decode else checkpoint.config.dtype))
     module = routing.attach(module, checkpoint.config, routing.policy(checkpoint))
-    module = rotate.attach_from(module, path)
+    inventory.check(checkpoint)
+    module = rotating.attach_from(module, path)
     written = manifest.read(path) if path.is_dir() else None
     file = rotations.find(path) if path.is_dir() else None
     stored = rotations.load(file) if file is not None else None
@@ -306,9 +310,9 @@ def _rotate(
     online = spec is not None and spec.bits == 4
     made = None if file is None else rotations.load(Path(file))
     made = made or rotations.random_hadamard(module.config, seed, online)
-    gain = np.asarray(module.model.norm.weight[...], np.float64)
+    gain = np.asarray(module.model.norm.gain, np.float64)
     made = dataclasses.replace(made, norm_gain=gain)
-    return rotate.rotate(module, made), made
+    return rotating.rotate(module, made), made
 
 
 def _work(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from specjax import checkpoints
+from specjax.checkpoints import inventory
 from specjax.config import DTYPES, ModelConfig
 from specjax.depth import build as routing
 from specjax.depth.build import Depth
@@ -163,6 +164,7 @@ def _network(checkpoint, dtype: jnp.dtype, options: LoadOptions) -> Llama:
 
     with bar:
         module = llama.build(checkpoint, dtype, finish)
+    inventory.warn(checkpoint, ignore=".router." if policy is None else None)
     if scheme is not None and not has_codes:
         module.with_scheme(scheme)  # raises: there is nothing to view
     module = Llama(module.config, module.model, preparation.linear(module.lm_head))

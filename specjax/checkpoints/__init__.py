@@ -17,18 +17,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ConfigError: the model is of an unsupported kind; the field is named.
         CheckpointError: a file is malformed, truncated or of an unknown kind.
     """
-    from specjax.checkpoints import gguf, hf
+    from specjax.checkpoints import gguf, hf, inventory
 
     if path.is_dir():
-        return hf.open_folder(path)
-    if not path.exists():
+        checkpoint = hf.open_folder(path)
+    elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix == ".gguf":
-        return gguf.open_file(path)
-    raise CheckpointError(
-        f"{path}: expected a folder with a config.json, or a .gguf file; for a weight file, "
-        "pass the folder that holds it"
-    )
+    elif path.suffix == ".gguf":
+        checkpoint = gguf.open_file(path)
+    else:
+        raise CheckpointError(
+            f"{path}: expected a folder with a config.json, or a .gguf file; for a weight file, "
+            "pass the folder that holds it"
+        )
+    inventory.check_layers(checkpoint)
+    return checkpoint
 
 
 __all__ = ["Checkpoint", "open_checkpoint"]

@@ -3,7 +3,16 @@
 To add one: a class with the methods of `specjax.checkpoints.base.LinearFormat` in a file of its own, listed here.
 """
 
-from specjax.checkpoints import awq, compressed_tensors, gptq, native, qqq, qserve, specmquant
+from specjax.checkpoints import (
+    autoround,
+    awq,
+    compressed_tensors,
+    gptq,
+    native,
+    qqq,
+    qserve,
+    specmquant,
+)
 from specjax.checkpoints.base import LinearFormat
 from specjax.errors import CheckpointError
 from specjax.files.base import TensorSource
@@ -14,6 +23,7 @@ FORMATS: tuple[type[LinearFormat], ...] = (
     qserve.QServeFormat,
     gptq.GPTQFormat,
     awq.AWQFormat,
+    autoround.AutoRoundFormat,
     compressed_tensors.CompressedTensorsFormat,
     qqq.QQQFormat,
 )

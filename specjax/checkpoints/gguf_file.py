@@ -157,6 +157,7 @@ class GGUFFile:
             if name in self._tensors:
                 raise CheckpointError(f"{path}: tensor {name} stands in the file more than once")
             self._tensors[name] = TensorInfo(shape=shape, type_id=type_id, offset=start + offset)
+        self._read: set[str] = set()
         self._check_tensors()
 
     def names(self) -> tuple[str, ...]:
@@ -171,8 +172,13 @@ class GGUFFile:
         """The encoded bytes of a tensor, one row per run of its last dimension; a view of the
         file."""
         info = self.info(name)
+        self._read.add(name)
         raw = self._data[info.offset : info.offset + info.num_bytes]
         return raw.reshape(math.prod(info.shape[:-1]), info.row_bytes)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names of tensors whose rows nobody has asked for."""
+        return tuple(name for name in self._tensors if name not in self._read)
 
     def _check_tensors(self) -> None:
         for name, info in sorted(self._tensors.items(), key=lambda item: item[1].offset):

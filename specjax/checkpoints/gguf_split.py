@@ -52,6 +52,10 @@ class GGUFParts:
         self.info(name)
         return self._parts[name].rows(name)
 
+    def unread(self) -> tuple[str, ...]:
+        """As `GGUFFile.unread`."""
+        return tuple(name for part in set(self._parts.values()) for name in part.unread())
+
 
 def open_parts(path: Path) -> GGUFFile | GGUFParts:
     """Opens a .gguf file, and the other parts of its model if it is one of several.

@@ -21,6 +21,9 @@ from specjax.quant import scheme as schemes
 from specjax.quant.linear import QuantizedLinear
 
 _PACKED = "codes of one int32"
+# What a rule of `dynamic` must not change.
+_FIXED = {"format": None, "checkpoint_format": None, "quant_method": "gptq", "method": "gptq"}
+_FIXED |= {"pack_dtype": "int32"}
 _ZERO_OFFSET = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}
 
 
@@ -62,15 +65,16 @@ class GPTQFormat:
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
         tensors.one_of(layout, ("gptq", "gptq_v2"), "checkpoint_format")
         tensors.one_of(config.get("pack_dtype", "int32"), ("int32",), "pack_dtype")
-        meta = config.get("meta") or {}
+        meta = tensors.mapping(config.get("meta"), "meta")
+        static = config.get("static_groups", meta.get("static_groups"))
         return cls(
             bits=tensors.one_of(config.get("bits"), (4, 8), "bits"),
             group_size=tensors.group_size(config.get("group_size", -1), "group_size"),
-            sym=config.get("sym"),
-            desc_act=bool(config.get("desc_act", False)),
-            static_groups=bool(config.get("static_groups", meta.get("static_groups", False))),
+            sym=tensors.flag(config.get("sym"), "sym"),
+            desc_act=bool(tensors.flag(config.get("desc_act"), "desc_act")),
+            static_groups=bool(tensors.flag(static, "static_groups")),
             version=2 if layout == "gptq_v2" else 1,
-            dynamic=_dynamic(config.get("dynamic") or {}),
+            dynamic=_dynamic(tensors.mapping(config.get("dynamic"), "dynamic"), layout),
         )
 
     def linear(
@@ -269,19 +273,32 @@ def _is_gptq(config: dict) -> bool:
     return method == "gptq"
 
 
-def _dynamic(rules: dict) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
+def _dynamic(
+    rules: dict, layout: str
+) -> tuple[tuple[str, tuple[tuple[str, Any], ...] | None], ...]:
     """GPTQModel's `dynamic`: {"-:regex": {}} leaves modules dense, {"regex" or "+:regex": {...}} overrides."""
     parsed = []
-    for pattern, overrides in rules.items():
-        if pattern.startswith("-:"):
-            parsed.append((pattern[2:], None))
-            continue
-        where = f"dynamic[{pattern!r}]"
-        unknown = set(overrides) - {"bits", "group_size", "sym", "desc_act"}
-        kept = {k: v for k, v in overrides.items() if k not in unknown}
-        if "bits" in kept:
-            tensors.one_of(kept["bits"], (4, 8), f"{where}.bits")
-        if "group_size" in kept:
-            tensors.group_size(kept["group_size"], f"{where}.group_size")
-        parsed.append((pattern.removeprefix("+:"), tuple(kept.items())))
+    for key, overrides in rules.items():
+        field = f"dynamic[{key!r}]"
+        pattern = tensors.pattern(key[2:] if key[:2] in ("-:", "+:") else key, field)
+        settings = None if key.startswith("-:") else _override(overrides, layout, field)
+        parsed.append((pattern, settings))
     return tuple(parsed)
+
+
+def _override(overrides: Any, layout: str, field: str) -> tuple[tuple[str, Any], ...]:
+    """Settings of one rule that say how codes are read; those of the quantizer (damping and the like) say nothing."""
+    overrides = tensors.mapping(overrides, field)
+    for name, wanted in _FIXED.items():
+        if name in overrides:
+            supported = (layout,) if name in ("format", "checkpoint_format") else (wanted,)
+            tensors.one_of(overrides[name], supported, f"{field}.{name}")
+    kept = {}
+    if overrides.get("bits") is not None:
+        kept["bits"] = tensors.one_of(overrides["bits"], (4, 8), f"{field}.bits")
+    if overrides.get("group_size") is not None:
+        kept["group_size"] = tensors.group_size(overrides["group_size"], f"{field}.group_size")
+    for name in ("sym", "desc_act"):
+        if overrides.get(name) is not None:
+            kept[name] = tensors.flag(overrides[name], f"{field}.{name}")
+    return tuple(kept.items())

@@ -1,6 +1,8 @@
 """Draft heads in their upstream layouts (a folder with config.json and weights), checked against their target."""
 
-import json
+import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from specjax.checkpoints import hf
@@ -12,6 +14,9 @@ from specjax.models import eagle, eagle3, medusa
 from specjax.models.llama import Llama
 
 _MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+_MEDUSA_PART = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.(?P<linear>linear\.)?(weight|bias)")
+
+_log = logging.getLogger(__name__)
 
 
 def load_eagle(path: Path, target: Llama, target_name: str):
@@ -45,22 +50,54 @@ def load_eagle(path: Path, target: Llama, target_name: str):
 def load_medusa(path: Path, target: Llama) -> tuple[medusa.MedusaHeads, dict[str, list]]:
     """Loads Medusa-1 heads; also returns the trees of its medusa_choices.json by name (empty without one).
 
+    How many heads there are is seen from the tensors; published configurations lack the number or state another.
+
     Raises:
         FileNotFoundError: no such folder, or files missing in it.
-        ConfigError: config.json does not say how many heads there are.
-        CheckpointError: a tensor is missing or does not fit the target.
+        CheckpointError: a tensor is missing or does not fit the target, or heads have several layers.
     """
     raw = _read_config(path)
-    if raw.get("medusa_num_layers", 1) != 1 or not isinstance(raw.get("medusa_num_heads"), int):
-        raise ConfigError(
-            f"{path}: medusa_num_heads={raw.get('medusa_num_heads')!r}, medusa_num_layers="
-            f"{raw.get('medusa_num_layers')!r}; a number of heads with one layer each is supported"
-        )
     tensors = source.open_source(path, _MEDUSA_FILES)
+    count = _count_heads(path, tensors.names())
+    for field, found in {"medusa_num_heads": count, "medusa_num_layers": 1}.items():
+        if raw.get(field, found) != found:
+            _log.warning("%s: %s = %r, the file has %d", path, field, raw[field], found)
     checkpoint = hf.HFCheckpoint(path, target.config, tensors)
-    heads = medusa.build(checkpoint, target.config, raw["medusa_num_heads"], target.dtype)
-    choices = path / "medusa_choices.json"
-    return heads, json.loads(choices.read_text()) if choices.is_file() else {}
+    heads = medusa.build(checkpoint, target.config, count, target.dtype)
+    if left := tensors.unread():
+        raise CheckpointError(f"{path}: {left[0]} is no part of Medusa heads with one layer each")
+    return heads, _read_choices(path / "medusa_choices.json")
+
+
+def _count_heads(path: Path, names: Sequence[str]) -> int:
+    """Heads `i.0.linear`, `i.1`; as many as there are numbers."""
+    parts = [match for name in names if (match := _MEDUSA_PART.fullmatch(name))]
+    if not parts:
+        raise CheckpointError(
+            f"{path}: no Medusa head; 0.0.linear.weight is not in it (found {', '.join(names[:3])})"
+        )
+    deep = [match.string for match in parts if match["layer"] != "0" and match["linear"]]
+    if deep:
+        raise CheckpointError(
+            f"{path}: {deep[0]} is a second layer of a head; supported are heads with one layer each"
+        )
+    return max(int(match["head"]) for match in parts) + 1
+
+
+def _read_choices(path: Path) -> dict[str, list]:
+    if not path.is_file():
+        return {}
+    choices = file_base.read_json(path)
+    for name, tree in choices.items():
+        whole = isinstance(tree, list) and all(
+            isinstance(node, list)
+            and node
+            and all(type(rank) is int and rank >= 0 for rank in node)
+            for node in tree
+        )
+        if not whole:
+            raise CheckpointError(f"{path}: {name} is not a list of paths of ranks")
+    return choices
 
 
 class _Head(hf.HFCheckpoint):

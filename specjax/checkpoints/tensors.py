@@ -1,5 +1,6 @@
 """Checked reading of one linear's tensors and of the settings that describe them, shared by the quantized formats."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,8 @@ def read_bias(
 
 def one_of(value: Any, supported: tuple, field: str) -> Any:
     """Returns `value`; raises CheckpointError naming `quantization_config.<field>` unless it is supported."""
-    if value not in supported:
+    # 4.0 and True equal integers, and are none.
+    if not any(type(value) is type(item) and value == item for item in supported):
         raise CheckpointError(
             f"quantization_config.{field}={value!r} is not supported; supported: "
             f"{', '.join(map(str, supported))}"
@@ -85,6 +87,40 @@ def group_size(value: Any, field: str) -> int:
             f"quantization_config.{field}={value!r} is not supported; supported: positive integers, -1"
         )
     return value
+
+
+def flag(value: Any, field: str) -> bool | None:
+    """Returns `value`, true, false or None; raises CheckpointError naming `quantization_config.<field>` else."""
+    if value is None or isinstance(value, bool):
+        return value
+    raise CheckpointError(f"quantization_config.{field}={value!r}: expected true or false")
+
+
+def mapping(value: Any, field: str) -> dict[str, Any]:
+    """As `flag`, for an object; None is an empty one."""
+    if value is None or isinstance(value, dict):
+        return value or {}
+    raise CheckpointError(f"quantization_config.{field}={value!r}: expected an object")
+
+
+def names(value: Any, field: str) -> tuple[str, ...]:
+    """As `flag`, for a list of texts; None is an empty one."""
+    if value is None:
+        return ()
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise CheckpointError(f"quantization_config.{field}={value!r}: expected a list of names")
+
+
+def pattern(text: str, field: str) -> str:
+    """Returns a regular expression; raises CheckpointError naming `quantization_config.<field>` if it is none."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config.{field}: {text!r} is no regular expression ({error})"
+        ) from error
+    return text
 
 
 def divisible(prefix: str, by: int, reason: str, **sizes: int) -> None:

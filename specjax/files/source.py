@@ -13,6 +13,31 @@ from specjax.files.safetensors_file import SafetensorsFile
 _log = logging.getLogger(__name__)
 
 
+class RecordedSource:
+    """A source that remembers which of its tensors were read."""
+
+    def __init__(self, source: base.TensorSource):
+        self._source = source
+        self._read: set[str] = set()
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._source.dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        self._read.add(name)
+        return self._source.read(name)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names of tensors that nobody has read, in the files' order."""
+        return tuple(name for name in self.names() if name not in self._read)
+
+
 class ShardedSource:
     """Several files as one source; nothing else in their folder is looked at.
 
@@ -94,13 +119,17 @@ def open_index(index: Path) -> ShardedSource:
     return ShardedSource(index, shards, weight_map)
 
 
-def open_source(directory: Path, names: Sequence[str] = find.STANDARD_NAMES) -> base.TensorSource:
+def open_source(directory: Path, names: Sequence[str] = find.STANDARD_NAMES) -> RecordedSource:
     """Opens a folder's Orbax checkpoint, or the weights that `specjax.files.find` finds in it.
 
     Raises:
         FileNotFoundError: there are none.
         CheckpointError: several could be meant, or the ones that are there are malformed or incomplete.
     """
+    return RecordedSource(_open(directory, names))
+
+
+def _open(directory: Path, names: Sequence[str]) -> base.TensorSource:
     if (directory / "orbax").is_dir():
         return orbax_store.OrbaxSource(directory / orbax_store.FOLDER)
     files = [file.name for file in directory.iterdir() if file.is_file()]

@@ -16,7 +16,7 @@ from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
 from specjax.quant.scheme import Scheme, WeightSpec, lookup
 
-_ARRAYS_ALONG_N = ("codes", "scales", "zeros", "minima", "channel_scales", "bias")
+ARRAYS_ALONG_N = ("codes", "scales", "zeros", "minima", "channel_scales", "bias")
 
 
 def _is_quantized(node: Any) -> bool:
@@ -176,7 +176,7 @@ def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinea
     ):
         return None
     parts = {}
-    for name in _ARRAYS_ALONG_N:
+    for name in ARRAYS_ALONG_N:
         if getattr(first, name) is not None:
             arrays = [getattr(linear, name) for linear in linears]
             on_host = all(isinstance(array, np.ndarray) for array in arrays)
@@ -187,7 +187,7 @@ def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinea
 
 def _form(linear: QuantizedLinear) -> tuple:
     """What must be equal for two linears to be rows of one."""
-    arrays = [getattr(linear, name) for name in (*_ARRAYS_ALONG_N, "perm")]
+    arrays = [getattr(linear, name) for name in (*ARRAYS_ALONG_N, "perm")]
     dtypes = [None if array is None else array.dtype for array in arrays]
     return (linear.in_features, linear.scheme, linear.group_size, linear.backend, *dtypes)
 

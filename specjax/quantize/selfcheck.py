@@ -1,5 +1,6 @@
-"""Checks an exported model: reads it back and compares logits with the model in memory."""
+"""Checks an exported model: reads it back and compares its parts and its logits with the model in memory."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specjax import checkpoints
-from specjax.checkpoints import export
+from specjax.checkpoints import export, inventory
 from specjax.config import ModelConfig
 from specjax.depth import build as routing
 from specjax.errors import CheckpointError
@@ -88,6 +89,7 @@ def verify(
     reloaded = llama.build(checkpoint, jnp.dtype(dtype))
     reloaded = routing.attach(reloaded, checkpoint.config, routing.policy(checkpoint))
     reloaded = rotate.attach_from(reloaded, output)
+    _check_parts(stored, reloaded, checkpoint)
     expected, found = logits(_with_activations_of(stored, reloaded), probe), logits(reloaded, probe)
     error = _relative(found, expected)
     rounds = any(linear.scheme.activations is not None for linear in quantized(module))
@@ -102,6 +104,44 @@ def verify(
         "source_error": _relative(found, source_logits),
         "agreement": float(np.mean(found.argmax(-1) == source_logits.argmax(-1))),
     }
+
+
+def _check_parts(module: Llama, reloaded: Llama, checkpoint) -> None:
+    """Every part that was written is read back, and nothing else: logits alone hide what both sides leave out.
+
+    Raises:
+        CheckpointError: names the parts; the folder is deleted.
+    """
+    written, found = _parts(module), _parts(reloaded)
+    try:
+        if written != found:
+            differing = sorted(dict(written.items() ^ found.items()))
+            raise CheckpointError(
+                f"{checkpoint.path}: read back, it differs from the model in memory in "
+                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}; it was deleted. This is a "
+                "defect of the format's reader or writer: please report it"
+            )
+        inventory.check(checkpoint)
+    except CheckpointError:
+        shutil.rmtree(checkpoint.path)
+        raise
+
+
+def _parts(module: Llama) -> dict[str, tuple[int, ...]]:
+    """Shapes of weights and biases by path; a quantized weight counts as its matrix, whatever its arrays are."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        module, is_leaf=lambda node: isinstance(node, QuantizedLinear)
+    )
+    found = {}
+    for path, leaf in leaves:
+        name = re.sub(r"[^\w]+", ".", jax.tree_util.keystr(path)).strip(".")
+        if isinstance(leaf, QuantizedLinear):
+            found[f"{name}.weight.value"] = leaf.codes.shape
+            if leaf.bias is not None:
+                found[f"{name}.bias.value"] = leaf.bias.shape
+        else:
+            found[name] = leaf.shape
+    return found
 
 
 def _with_activations_of(module: Llama, reloaded: Llama) -> Llama:

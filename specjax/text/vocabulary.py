@@ -358,10 +358,11 @@ def _backend(
     make = lambda token, special: tokenizers.AddedToken(token, special=special, normalized=False)
     backend.add_special_tokens([make(t, True) for t, k in kinds if k in (_CONTROL, _UNKNOWN)])
     backend.add_tokens([make(t, False) for t, k in kinds if k == _USER_DEFINED])
-    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    # Looked for in the text itself: the normalizer would put a space before their names too.
+    names = ("content", "single_word", "lstrip", "rstrip", "special")
     for _, fields in sorted(added.items()):
         given = {name: fields[name] for name in names if name in fields}
-        backend.add_tokens([tokenizers.AddedToken(**given)])
+        backend.add_tokens([tokenizers.AddedToken(**given, normalized=False)])
     return backend
 
 

@@ -23,12 +23,12 @@ def residual_norm(
     """(x + added, norm of that); `added` None is zero.
 
     Args:
-        norm: an RMS norm as `models.layers.RMSNorm`.
+        norm: a norm as those of `models.layers`; the kernel knows `RMSNorm` whose weight is its gain.
     """
     size = x.shape[-1]
     fits = isinstance(added, Parts) and size % 1024 == 0 and added.num_rows <= _MAX_ROWS
     gain = norm.weight[...]
-    if not fits or norm.centered or gain.dtype != x.dtype or not _kernels_run(backend, x):
+    if not fits or not norm.is_plain or gain.dtype != x.dtype or not _kernels_run(backend, x):
         total = x if added is None else x + value(added)
         return total, norm(total)
     from specjax.pallas.glue import kernels
