@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.shared import common, naming, records, tables
+from experiments.shared import common, flag_groups, naming, prompt_files, records, tables
 from specjax.errors import ConfigError
 
 _NEEDED = {"id", "output_ids", "acceptance_histogram", "config"}
@@ -24,8 +24,10 @@ _NEEDED = {"id", "output_ids", "acceptance_histogram", "config"}
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("inputs", None, "Files of experiments.generate.", flag_values=values)
-    flags.DEFINE_string("output", None, "Markdown file to write.", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_list("inputs", None, "Files of experiments.generate.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Markdown file to write.", flag_values=values)
     flags.mark_flag_as_required("inputs", flag_values=values)
 
 
@@ -49,7 +51,7 @@ def _read(path: Path) -> dict[Any, dict[str, Any]]:
         FileNotFoundError: no such file.
         ConfigError: it has no rows of experiments.generate.
     """
-    rows = [row for _, row in records.read_objects(path)]
+    rows = [row for _, row in prompt_files.read_objects(path)]
     if not rows or not all(row.keys() >= _NEEDED for row in rows):
         raise ConfigError(
             f"{path}: no file of experiments.generate, whose rows have {', '.join(sorted(_NEEDED))}"

@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.shared import common, records
+from experiments.shared import common, flag_groups, flags_drafter, records
 from specjax.aot import compile as aot
 from specjax.aot import kernels, report, shapes, topology
 from specjax.errors import ConfigError
@@ -29,33 +29,48 @@ from specjax.errors import ConfigError
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("target", ["h200"], f"Of {', '.join(topology.TARGETS)}.", flag_values=values)
-    flags.DEFINE_list(
-        "model_shape", ["llama3-8b"], f"Of {', '.join(shapes.CONFIGS)}.", flag_values=values
-    )
-    flags.DEFINE_string("output", None, "Folder for reports and dumps.", flag_values=values)
+    flags_drafter.define(values)
+    with flag_groups.heading(values, "Model"):
+        flags.DEFINE_list(
+            "model_shape", ["llama3-8b"], f"Of {', '.join(shapes.CONFIGS)}.", flag_values=values
+        )
+        flags.DEFINE_string("scheme", "w4a16", "Of the weights, or dense.", flag_values=values)
+        flags.DEFINE_integer("group_size", 128, "-1: per channel.", flag_values=values)
+        flags.DEFINE_enum(
+            "dtype", "bfloat16", ("bfloat16", "float16"), "Compute dtype.", flag_values=values
+        )
+        flags.DEFINE_integer(
+            "num_layers", None, "Compile this many layers only.", lower_bound=1, flag_values=values
+        )
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_boolean("kernels_only", False, "Kernels, no program.", flag_values=values)
+        flags.DEFINE_list("ops", list(kernels.OPS), "Kernels to compile.", flag_values=values)
+        flags.DEFINE_string(
+            "only",
+            "",
+            "Matmuls of weights whose name begins so, e.g. llama3-8b/o.",
+            flag_values=values,
+        )
+        flags.DEFINE_list("m", ["1", "16", "64"], "Rows: tokens or nodes.", flag_values=values)
+        flags.DEFINE_integer(
+            "context",
+            1024,
+            "Tokens in the cache, for the estimate.",
+            lower_bound=0,
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Folder for reports and dumps.", flag_values=values)
+    with flag_groups.heading(values, "Execution"):
+        flags.DEFINE_list(
+            "target", ["h200"], f"Of {', '.join(topology.TARGETS)}.", flag_values=values
+        )
+        flags.DEFINE_enum(
+            "backend", "auto", ("auto", "xla", "mosaic"), "Kernels.", flag_values=values
+        )
+        flags.DEFINE_integer("batch_size", 1, "Sequences.", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("capacity", 4096, "Cache slots.", lower_bound=16, flag_values=values)
     flags.mark_flag_as_required("output", flag_values=values)
-    flags.DEFINE_enum(
-        "dtype", "bfloat16", ("bfloat16", "float16"), "Compute dtype.", flag_values=values
-    )
-    flags.DEFINE_boolean("kernels_only", False, "Kernels, no program.", flag_values=values)
-    flags.DEFINE_list("ops", list(kernels.OPS), "Kernels to compile.", flag_values=values)
-    flags.DEFINE_string(
-        "only", "", "Matmuls of weights whose name begins so, e.g. llama3-8b/o.", flag_values=values
-    )
-    flags.DEFINE_list("m", ["1", "16", "64"], "Rows: tokens or nodes.", flag_values=values)
-    common.define_drafter_flags(values)
-    flags.DEFINE_string("scheme", "w4a16", "Of the weights, or dense.", flag_values=values)
-    flags.DEFINE_integer("group_size", 128, "-1: per channel.", flag_values=values)
-    flags.DEFINE_enum("backend", "auto", ("auto", "xla", "mosaic"), "Kernels.", flag_values=values)
-    flags.DEFINE_integer(
-        "num_layers", None, "Compile this many layers only.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer("batch_size", 1, "Sequences.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("capacity", 4096, "Cache slots.", lower_bound=16, flag_values=values)
-    flags.DEFINE_integer(
-        "context", 1024, "Tokens in the cache, for the estimate.", lower_bound=0, flag_values=values
-    )
 
 
 def main(values: flags.FlagValues) -> None:
@@ -107,7 +122,7 @@ def _kernels(values: flags.FlagValues, output: Path) -> list[dict[str, Any]]:
 
 def _programs(values: flags.FlagValues, output: Path) -> list[dict[str, Any]]:
     arguments = {
-        "drafter": common.drafter_spec(values),
+        "drafter": flags_drafter.spec(values),
         **{name: values[name].value for name in ("scheme", "group_size", "dtype", "backend")},
         **{name: values[name].value for name in ("capacity", "context")},
         "batch": values.batch_size,

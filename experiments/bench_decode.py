@@ -28,7 +28,6 @@ with --dtype=bfloat16 adds it as `none (float32)`, and speed-ups relate to it. O
 relates plain decoding of the first prompt to them ("record": "roofline").
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,13 @@ from experiments.shared import (
     common,
     contest,
     environment,
+    flag_groups,
+    flags_model,
+    flags_sampling,
     methods,
+    naming,
     preset,
+    prompt_files,
     random_model,
     records,
     roofline,
@@ -53,92 +57,102 @@ from experiments.shared import (
 )
 from specjax.aot import shapes
 from specjax.config import DTYPES
-from specjax.drafters import registry
 from specjax.errors import ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values, required=False)
-    common.define_sampling_flags(values)
+    flags_sampling.define(values)
+    flags_model.define(values, required=False)
     preset.define_flags(values)
-    flags.DEFINE_list(
-        "drafters", None, "Names of drafters, or `all` that the model has.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "draft_checkpoints", [], "Heads and draft models for --drafters=all.", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "trace", False, "Print every step of the first prompt, per drafter.", flag_values=values
-    )
-    flags.DEFINE_string("drafters_file", None, "JSON list of drafter specs.", flag_values=values)
-    flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    flags.DEFINE_enum(
-        "random_weights",
-        None,
-        list(shapes.CONFIGS),
-        "Instead of --model: random weights of this shape, under --scheme (default: dense).",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("group_size", 128, "Of random weights; -1: none.", flag_values=values)
-    flags.DEFINE_integer(
-        "prompt_tokens", 1024, "Prompt of random weights.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_float(
-        "synthetic_acceptance",
-        None,
-        "Impose this mean acceptance length (bonus included) on random weights.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "baseline_dtype",
-        None,
-        DTYPES,
-        "Relate speed-ups to plain decoding in this dtype. Default: --dtype.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
-    flags.DEFINE_boolean(
-        "roofline", False, "Relate plain decoding to bandwidth and a bare step.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "stream_mb", 1024, "Array that --roofline reads, in MiB.", lower_bound=1, flag_values=values
-    )
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+    with flag_groups.heading(values, "Drafter"):
+        flags.DEFINE_list(
+            "drafters", None, "Names of drafters, or `all` that the model has.", flag_values=values
+        )
+        flags.DEFINE_string(
+            "drafters_file", None, "JSON list of drafter specs.", flag_values=values
+        )
+        flags.DEFINE_list(
+            "draft_checkpoints",
+            [],
+            "Heads and draft models for --drafters=all.",
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Model"):
+        flags.DEFINE_enum(
+            "random_weights",
+            None,
+            list(shapes.CONFIGS),
+            "Instead of --model: random weights of this shape, under --scheme (default: dense).",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("group_size", 128, "Of random weights; -1: none.", flag_values=values)
+    _define_measuring_flags(values)
+
+
+def _define_measuring_flags(values: flags.FlagValues) -> None:
+    """What is measured beside the drafters, and where it goes."""
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
+        flags.DEFINE_boolean(
+            "trace", False, "Print every step of the first prompt, per drafter.", flag_values=values
+        )
+        flags.DEFINE_enum(
+            "baseline_dtype",
+            None,
+            DTYPES,
+            "Relate speed-ups to plain decoding in this dtype. Default: --dtype.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "roofline",
+            False,
+            "Relate plain decoding to bandwidth and a bare step.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer(
+            "stream_mb",
+            1024,
+            "Array that --roofline reads, in MiB.",
+            lower_bound=1,
+            flag_values=values,
+        )
+        flags.DEFINE_float(
+            "synthetic_acceptance",
+            None,
+            "Impose this mean acceptance length (bonus included) on random weights.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer(
+            "prompt_tokens", 1024, "Prompt of random weights.", lower_bound=1, flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
     """Measures, writes, prints the table."""
     preset.apply(values, needs_model=values.random_weights is None)
     random_model.check(values)
-    specs = _specs(values)
+    specs = methods.chosen(values)
     random = values.random_weights is not None
     if random and values.baseline_dtype is not None:
         raise ConfigError("--baseline_dtype needs --model; --random_weights have one dtype")
-    if random and common.depth_config(values) is not None:
+    if random and flags_model.depth_config(values) is not None:
         raise ConfigError("--random_weights have no routers; drop the flags of depth")
-    prompts = [] if random else records.read_prompts(values.prompts_file)
     if values.roofline and values.max_new_tokens < 2:
         raise ConfigError(
             "--roofline needs --max_new_tokens of at least 2: the first token is prefill's"
         )
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
-    options = common.options(values)
-    if random:
-        model = _random_model(values)
-        prompts = [{"id": "random"}]
-        encoded = [random_model.prompt(values.prompt_tokens, model.config.vocab_size)]
-        options["ignore_eos"] = True
-        if values.synthetic_acceptance is not None:
-            options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
-    else:
-        model = common.load_model(values, specs)
-        encoded = records.encode(model, prompts, values.prompts_file, values.max_length)
+    model, prompts, encoded, options = _prepared(values, specs)
     config = _config(values, model)
     contestants = [
         contest.Contestant(
-            name=common.label(spec),
-            facts={"drafter": common.label(spec), "spec": common.full_spec(spec)},
+            name=naming.label(spec),
+            facts={"drafter": naming.label(spec), "spec": naming.full_spec(spec)},
             model=model,
             drafter=model.drafter(spec),
         )
@@ -148,7 +162,7 @@ def main(values: flags.FlagValues) -> None:
     baseline = _baseline(values, model) or plain
     if baseline is not plain:
         contestants.insert(0, baseline)
-    with common.profiled(values):
+    with flags_model.profiled(values):
         contest.measure(contestants, encoded, values.repeats, options)
     summaries = [
         contest.summarize(
@@ -176,11 +190,27 @@ def main(values: flags.FlagValues) -> None:
         print(f"{len(rows)} rows -> {output}")
 
 
+def _prepared(values: flags.FlagValues, specs: Sequence[dict[str, Any]]):
+    """Model, prompts, their token ids and the options of generation: real ones, or those of random weights."""
+    options = flags_sampling.options(values)
+    if values.random_weights is None:
+        prompts = prompt_files.read_prompts(values.prompts_file)
+        model = flags_model.load_model(values, specs)
+        encoded = prompt_files.encode(model, prompts, values.prompts_file, values.max_length)
+        return model, prompts, encoded, options
+    model = _random_model(values)
+    options["ignore_eos"] = True
+    if values.synthetic_acceptance is not None:
+        options["acceptance"] = random_model.synthetic(values.synthetic_acceptance)
+    encoded = [random_model.prompt(values.prompt_tokens, model.config.vocab_size)]
+    return model, [{"id": "random"}], encoded, options
+
+
 def _baseline(values: flags.FlagValues, model: specjax.LanguageModel) -> contest.Contestant | None:
     """Plain decoding in --baseline_dtype; None where that is the model's own."""
     if values.baseline_dtype in (None, model.dtype_name):
         return None
-    other = common.load_model(values, dtype=values.baseline_dtype)
+    other = flags_model.load_model(values, dtype=values.baseline_dtype)
     name = f"none ({values.baseline_dtype})"
     facts = {"drafter": name, "spec": {"kind": "none"}, "dtype": values.baseline_dtype}
     return contest.Contestant(name=name, facts=facts, model=other, drafter=other.drafter("none"))
@@ -204,43 +234,14 @@ def _roofline(model: specjax.LanguageModel, prompt: list[int], values: flags.Fla
     return roofline.measure(model, prompt, new_tokens, values.repeats, values.stream_mb)
 
 
-def _specs(values: flags.FlagValues) -> list[dict[str, Any]]:
-    """Drafter specs, `none` first, without repetitions."""
-    if (values.drafters is None) == (values.drafters_file is None):
-        raise ConfigError("give either --drafters=NAME,NAME or --drafters_file=FILE")
-    if values.draft_checkpoints and values.drafters != ["all"]:
-        raise ConfigError("--draft_checkpoints are for --drafters=all")
-    if values.drafters == ["all"]:
-        if values.model is None:
-            raise ConfigError("--drafters=all needs --model")
-        specs = methods.available(values.model, values.draft_checkpoints, values.dequantize)
-    elif values.drafters is not None:
-        specs = [registry.parse(name) for name in values.drafters]
-    else:
-        try:
-            specs = json.loads(Path(values.drafters_file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{values.drafters_file}: not valid JSON: {error}") from None
-        if not isinstance(specs, list):
-            raise ConfigError(f"{values.drafters_file}: expected a list of drafter specs")
-        specs = [registry.parse(spec) if isinstance(spec, str) else spec for spec in specs]
-        for spec in specs:
-            registry.check(spec)
-    unique = []
-    for spec in [{"kind": "none"}, *specs]:
-        if spec not in unique:
-            unique.append(spec)
-    return unique
-
-
 def _config(values: flags.FlagValues, model: specjax.LanguageModel) -> dict[str, Any]:
     return {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "dtype": model.dtype_name,
         "baseline_dtype": values.baseline_dtype,
         "backend": values.backend,
         "dequantize": values.dequantize,
-        **common.options(values),
+        **flags_sampling.options(values),
         "prompts_file": None if values.prompts_file is None else Path(values.prompts_file).name,
         **_random_config(values),
         "repeats": values.repeats,

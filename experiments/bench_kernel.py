@@ -12,7 +12,6 @@ measured. --write_tuned tries tiles, and writes the fastest to specjax/pallas/tu
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -27,12 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments.shared import common, contest, environment, records
+from experiments.shared import common, contest, environment, flag_groups, records
 from experiments.shared import kernel_timing as timing
 from specjax.aot import kernels
 from specjax.errors import ConfigError
 from specjax.pallas import device, tuned
+from specjax.pallas.matmul import specs
 
+OPS = (*kernels.MATMULS, "tree_attention")
 # A buffer set must exceed the last-level cache of any GPU there is.
 _ROTATED_BYTES = 256 << 20
 _TOLERANCE = {"float16": 2e-3, "bfloat16": 4e-3}
@@ -64,14 +65,18 @@ class Job:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("ops", list(kernels.OPS), "Kernels to time.", flag_values=values)
-    flags.DEFINE_list("shapes", ["llama3-8b"], "Models whose shapes to use.", flag_values=values)
-    flags.DEFINE_list("m", ["1", "8", "16", "32", "64"], "Rows.", flag_values=values)
-    flags.DEFINE_list("contexts", ["1024", "4096"], "Cache lengths.", flag_values=values)
-    flags.DEFINE_enum("dtype", "float16", list(_TOLERANCE), "Float inputs.", flag_values=values)
-    flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
-    flags.DEFINE_boolean("peers", True, "Time XLA's own matmuls too.", flag_values=values)
-    flags.DEFINE_boolean("write_tuned", False, "Tune tiles and write them.", flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_list("ops", list(OPS), "Kernels to time.", flag_values=values)
+        flags.DEFINE_list(
+            "shapes", ["llama3-8b"], "Models whose shapes to use.", flag_values=values
+        )
+        flags.DEFINE_list("m", ["1", "8", "16", "32", "64"], "Rows.", flag_values=values)
+        flags.DEFINE_list("contexts", ["1024", "4096"], "Cache lengths.", flag_values=values)
+        flags.DEFINE_enum("dtype", "float16", list(_TOLERANCE), "Float inputs.", flag_values=values)
+        flags.DEFINE_boolean("peers", True, "Time XLA's own matmuls too.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
+        flags.DEFINE_boolean("write_tuned", False, "Tune tiles and write them.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -112,16 +117,15 @@ def jobs(values: flags.FlagValues, gpu: device.Gpu) -> Iterator[Job]:
         contexts = [int(value) for value in values.contexts]
     except ValueError:
         raise ConfigError("--m and --contexts: expected lists of whole numbers") from None
-    unknown = [op for op in values.ops if op not in kernels.OPS]
+    unknown = [op for op in values.ops if op not in OPS]
     if unknown:
-        raise ConfigError(f"op={unknown[0]!r} is unknown; known: {', '.join(kernels.OPS)}")
+        raise ConfigError(f"op={unknown[0]!r} is unknown; known: {', '.join(OPS)}")
     for op in values.ops:
         if op == "tree_attention":
             for shape, context, rows in itertools.product(values.shapes, contexts, counts):
                 yield attention_job(shape, context, rows, values.dtype)
             continue
-        specs = importlib.import_module(f"specjax.pallas.{op}.specs").SPECS
-        for name, spec in specs.items():
+        for name, spec in specs.of(op).items():
             if name.partition("/")[0] in values.shapes:
                 for rows in counts:
                     yield matmul_job(op, name, spec, rows, values.dtype, gpu.arch)
@@ -129,23 +133,27 @@ def jobs(values: flags.FlagValues, gpu: device.Gpu) -> Iterator[Job]:
 
 def matmul_job(op: str, name: str, spec, rows: int, dtype: str, arch) -> Job:
     """A product of `rows` rows with a packed weight."""
-    from specjax.pallas.mosaic import packed
+    from specjax.pallas.matmul import mosaic, packed, reference
 
-    kernel = importlib.import_module(f"specjax.pallas.{op}.mosaic").matmul
-    reference = importlib.import_module(f"specjax.pallas.{op}.reference").matmul
-    x, *weights = spec.arguments(rows, jnp.dtype(dtype))
+    arguments = spec.arguments(rows, jnp.dtype(dtype))
+    x = arguments.pop("x")
+    names = tuple(arguments)
 
-    def plain(x, *rest):
-        return reference(x, *rest[:-1], packed.unpack(rest[-1]))
+    def kernel(x, *weights, config=None):
+        return mosaic.matmul(x, **dict(zip(names, weights, strict=True)), arch=arch, config=config)
+
+    def plain(x, *weights):
+        given = dict(zip(names, weights, strict=True))
+        return reference.matmul(x, **given | {"weight": packed.unpack(given["weight"])})
 
     return Job(
         op=op,
         shape=name,
         rows=rows,
-        kernel=functools.partial(kernel, arch=arch),
+        kernel=kernel,
         reference=plain,
         x=x,
-        weights=tuple(weights),
+        weights=tuple(arguments.values()),
         flops=2.0 * rows * spec.n * spec.k,
         shape_nk=(spec.n, spec.k),
     )
@@ -153,9 +161,10 @@ def matmul_job(op: str, name: str, spec, rows: int, dtype: str, arch) -> Job:
 
 def attention_job(shape: str, context: int, rows: int, dtype: str) -> Job:
     """Attention of `rows` nodes after `context` tokens; the cache has no spare slots beside them."""
-    from specjax.pallas.tree_attention import mosaic, reference, specs
+    from specjax.pallas.tree_attention import mosaic, reference
+    from specjax.pallas.tree_attention.specs import SPECS
 
-    spec = specs.SPECS[shape]
+    spec = SPECS[shape]
     capacity = -(-(context + rows) // 64) * 64
     given = spec.arguments(rows, capacity, jnp.dtype(dtype))
     start = jnp.full((1,), context, jnp.int32)
@@ -245,10 +254,9 @@ def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> N
 
 def write_tuned(op: str, values: flags.FlagValues, gpu: device.Gpu) -> Path:
     """Tries tiles for every weight of the shapes; writes those with the least time, summed over the rows."""
-    specs = importlib.import_module(f"specjax.pallas.{op}.specs").SPECS
     path = Path(tuned.__file__).parent / tuned.folder_name(gpu.kind) / f"{op}.json"
     entries = json.loads(path.read_text()) if path.is_file() else {}
-    for name, spec in specs.items():
+    for name, spec in specs.of(op).items():
         if name.partition("/")[0] not in values.shapes:
             continue
         form = spec.weight().form
@@ -265,11 +273,11 @@ def write_tuned(op: str, values: flags.FlagValues, gpu: device.Gpu) -> Path:
 
 def _tuned_entry(op, name, spec, counts, dtype, gpu) -> dict[str, Any]:
     """The splits that are best over all row counts, and for each row tile the best steps and stages under them."""
-    from specjax.pallas.mosaic import matmul, tiles
-    from specjax.pallas.mosaic.plan import Config
+    from specjax.pallas.matmul import mosaic, tiles
+    from specjax.pallas.matmul.plan import Config
 
     form, best = spec.weight().form, {}
-    row_tiles = sorted({matmul.m_tile(count, spec.operand_bits, gpu.arch) for count in counts})
+    row_tiles = sorted({mosaic.m_tile(count, spec.operand_bits, gpu.arch) for count in counts})
     first = tiles.heuristic(form, row_tiles[0], spec.operand_bits, gpu)
     options = sorted({max(1, first.splits + change) for change in (-2, -1, 0, 1, 2, 4)})
     for splits in options:

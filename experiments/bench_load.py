@@ -24,7 +24,7 @@ from absl import flags
 from safetensors.numpy import save_file
 
 import specjax
-from experiments.shared import common, environment
+from experiments.shared import common, environment, flag_groups
 from specjax.models import prepare
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, GROUP = 4096, 14336, 32, 8, 1024, 128
@@ -32,10 +32,13 @@ HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, GROUP = 4096, 14336, 32, 8, 1024, 128
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_integer("layers", 8, "Decoder layers.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("output", None, "Result file (JSONL), appended to.", flag_values=values)
-    flags.DEFINE_string("folder", None, "Only load this folder and report.", flag_values=values)
-    flags.DEFINE_bool("profile", False, "Profile that load.", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_integer("layers", 8, "Decoder layers.", lower_bound=1, flag_values=values)
+        flags.DEFINE_string("folder", None, "Only load this folder and report.", flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_bool("profile", False, "Profile that load.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Result file (JSONL), appended to.", flag_values=values)
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:

@@ -25,7 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments.shared import common, contest, environment, records, tables, traces
+from experiments.shared import (
+    common,
+    contest,
+    environment,
+    flag_groups,
+    flags_model,
+    flags_sampling,
+    prompt_files,
+    records,
+    tables,
+    traces,
+)
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
 
@@ -41,26 +52,33 @@ _RATIOS = (("qspec", "target"), ("speculative", "target"), ("qspec", "speculativ
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
-    common.define_sampling_flags(values)
-    flags.DEFINE_string("draft_model", None, "Draft model; default: --model.", flag_values=values)
-    for role, default in (("draft", "fp8"), ("verify", "int8")):
+    flags_sampling.define(values)
+    flags_model.define(values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+    with flag_groups.heading(values, "Drafter"):
         flags.DEFINE_string(
-            f"{role}_quantization",
-            default,
-            f"One of {', '.join(QUANTIZATIONS)}, or a scheme.",
-            flag_values=values,
+            "draft_model", None, "Draft model; default: --model.", flag_values=values
         )
-    flags.DEFINE_integer(
-        "draft_depth", 4, "Drafted tokens per step.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+        flags.DEFINE_integer(
+            "draft_depth", 4, "Drafted tokens per step.", lower_bound=1, flag_values=values
+        )
+    with flag_groups.heading(values, "Quantization"):
+        for role, default in (("draft", "fp8"), ("verify", "int8")):
+            flags.DEFINE_string(
+                f"{role}_quantization",
+                default,
+                f"One of {', '.join(QUANTIZATIONS)}, or a scheme.",
+                flag_values=values,
+            )
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
+        flags.DEFINE_boolean(
+            "trace", False, "Print every step of the first prompt.", flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
     flags.mark_flag_as_required("prompts_file", flag_values=values)
-    flags.DEFINE_integer("repeats", 5, "Counted rounds.", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean(
-        "trace", False, "Print every step of the first prompt.", flag_values=values
-    )
-    flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -68,13 +86,13 @@ def main(values: flags.FlagValues) -> None:
     if values.scheme is not None:
         raise ConfigError("--scheme: use --verify_quantization here")
     quantizations = {role: scheme_of(values, role) for role in ("draft", "verify")}
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
     methods = build(values, quantizations)
     target = methods[0].model
-    encoded = records.encode(target, prompts, values.prompts_file, values.max_length)
-    options = common.options(values)
-    with common.profiled(values):
+    encoded = prompt_files.encode(target, prompts, values.prompts_file, values.max_length)
+    options = flags_sampling.options(values)
+    with flags_model.profiled(values):
         contest.measure(methods, encoded, values.repeats, options)
     summaries = [summarize(method, methods[0]) for method in methods]
     print_table(summaries)
@@ -113,7 +131,7 @@ def build(
 ) -> list[contest.Contestant]:
     """Loads the models; the draft is loaded once as it is stored and once quantized."""
     draft_model = values.draft_model or values.model
-    target = common.load_model(values, quantize=quantizations["verify"])
+    target = flags_model.load_model(values, quantize=quantizations["verify"])
     draft = specjax.load(
         draft_model,
         dtype=target.dtype_name,
@@ -175,7 +193,7 @@ def _config(
     values: flags.FlagValues, quantizations: dict[str, str | None], model: specjax.LanguageModel
 ) -> dict[str, Any]:
     return {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "dtype": model.dtype_name,
         "draft_model": values.draft_model or values.model,
         "draft_quantization": values.draft_quantization,
@@ -184,7 +202,7 @@ def _config(
         "draft_depth": values.draft_depth,
         "backend": values.backend,
         "dequantize": values.dequantize,
-        **common.options(values),
+        **flags_sampling.options(values),
         "prompts_file": Path(values.prompts_file).name,
         "repeats": values.repeats,
         "environment": environment.record(),

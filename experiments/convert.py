@@ -1,20 +1,19 @@
 """Quantizes models and changes their format; checks the result by reading it back.
 
-    python -m experiments.convert --source=DIR --output=OUT --format=gptq --scheme=w4a16
-    --group_size=64 \
+    python -m experiments.convert --source=DIR --output=OUT --format=gptq --scheme=w4a16 --group_size=64 \\
         --method=gptq --calibration_file=text.jsonl
     python -m experiments.convert --source=DIR --output=OUT --format=compressed-tensors
-    python -m experiments.convert --source=PLAIN_TARGET --head=HEAD
-    --rotation=ROTATED/rotation.safetensors --output=OUT
+    python -m experiments.convert --source=PLAIN_TARGET --head=HEAD --rotation=ROTATED/rotation.safetensors --output=OUT
 
-The second line keeps the codes of a quantized source. The third converts an EAGLE head for a
-rotated target. Runs that were interrupted while calibrating resume when started again with the same
-flags.
+The second line keeps the codes of a quantized source. The third converts an EAGLE head for a rotated target. Runs that
+were interrupted while calibrating resume when started again with the same flags.
 """
+
+import functools
 
 from absl import flags
 
-from experiments.shared import common
+from experiments.shared import common, flag_groups
 from specjax import conversion
 from specjax.checkpoints import export
 from specjax.config import DTYPES
@@ -30,51 +29,62 @@ _MODEL_FLAGS = (
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-
-    def define(kind, name, default, text, **bounds):
-        kind(name, default, text, flag_values=values, **bounds)
-
-    string, integer = flags.DEFINE_string, flags.DEFINE_integer
-    boolean, number = flags.DEFINE_boolean, flags.DEFINE_float
-    define(string, "source", None, "Checkpoint folder, .gguf file, model name or hub id.")
-    define(string, "output", None, "Folder to make.")
-    define(string, "format", "specjax", f"One of {', '.join(export.FORMATS)}.")
-    define(string, "scheme", None, f"Quantize to one of {', '.join(SCHEMES)}.")
-    define(
-        *(string, "method", None),
-        f"One of {', '.join(recipe.METHODS)}. Default: gptq with --calibration_file, else rtn.",
-    )
-    define(
-        *(integer, "group_size", None),
-        "Input features that share a scale; -1 is per channel. Default: 128 for w4a16, fp4 and QoQ, else -1.",
-    )
-    define(boolean, "symmetric", True, "Signed codes without zeros (w4a16).")
-    define(boolean, "act_order", True, "GPTQ: visit features by falling Hessian diagonal.")
-    define(number, "damping", 0.01, "GPTQ: share of the mean Hessian diagonal added to it.")
-    define(boolean, "clip", None, "Search ranges by |error|^2.4. Default: for 4-bit weights.")
-    define(
-        *(number, "smooth_strength", None),
-        "Migration strength of smoothquant (default: searched) and qoq.",
-    )
-    define(boolean, "rotate", False, "Rotate first (QuaRot); with run-time products for w4a4.")
-    define(string, "rotation", None, "Rotation file to use; with --head, of the rotated target.")
-    define(
-        *(string, "head", None),
-        "EAGLE head to convert for a rotated target (--rotation); EAGLE-3 to speculators layout.",
-    )
-    define(
-        string, "calibration_file", None, "Text for gptq, smoothquant and qoq: txt, json, jsonl."
-    )
-    define(integer, "calibration_samples", 64, "Calibration windows.", lower_bound=1)
-    define(integer, "calibration_tokens", 512, "Tokens of a window.", lower_bound=8)
-    define(integer, "seed", 0, "Seed of the rotation and of the choice of text.")
-    define(
-        *(string, "dtype", None),
-        f"Of embeddings, norms and dense linears ({', '.join(DTYPES)}). Default: the source's.",
-    )
-    define(string, "layout", "safetensors", "safetensors, or orbax for --format=specjax.")
-    define(boolean, "overwrite", False, "Replace an existing output.")
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    boolean = functools.partial(flags.DEFINE_boolean, flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        string("source", None, "Checkpoint folder, .gguf file, model name or hub id.")
+        string(
+            "head",
+            None,
+            "EAGLE head to convert for a rotated target (--rotation); EAGLE-3 to speculators layout.",
+        )
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "Folder to make.")
+        string("format", "specjax", f"One of {', '.join(export.FORMATS)}.")
+        string("layout", "safetensors", "safetensors, or orbax for --format=specjax.")
+        string(
+            "dtype",
+            None,
+            f"Of embeddings, norms and dense linears ({', '.join(DTYPES)}). Default: the source's.",
+        )
+        boolean("overwrite", False, "Replace an existing output.")
+    _define_quantization_flags(values)
     flags.mark_flags_as_required(["source", "output"], flag_values=values)
+
+
+def _define_quantization_flags(values: flags.FlagValues) -> None:
+    """To which scheme, by which method, on which text."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    boolean = functools.partial(flags.DEFINE_boolean, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    with flag_groups.heading(values, "Quantization"):
+        string("scheme", None, f"Quantize to one of {', '.join(SCHEMES)}.")
+        integer(
+            "group_size",
+            None,
+            "Input features that share a scale; -1 is per channel. Default: 128 for w4a16, fp4 and QoQ, else -1.",
+        )
+        string(
+            "method",
+            None,
+            f"One of {', '.join(recipe.METHODS)}. Default: gptq with --calibration_file, else rtn.",
+        )
+        string("calibration_file", None, "Text for gptq, smoothquant and qoq: txt, json, jsonl.")
+        integer("calibration_samples", 64, "Calibration windows.", lower_bound=1)
+        integer("calibration_tokens", 512, "Tokens of a window.", lower_bound=8)
+        boolean("symmetric", True, "Signed codes without zeros (w4a16).")
+        boolean("act_order", True, "GPTQ: visit features by falling Hessian diagonal.")
+        number("damping", 0.01, "GPTQ: share of the mean Hessian diagonal added to it.")
+        boolean("clip", None, "Search ranges by |error|^2.4. Default: for 4-bit weights.")
+        number(
+            "smooth_strength",
+            None,
+            "Migration strength of smoothquant (default: searched) and qoq.",
+        )
+        boolean("rotate", False, "Rotate first (QuaRot); with run-time products for w4a4.")
+        string("rotation", None, "Rotation file to use; with --head, of the rotated target.")
+        integer("seed", 0, "Seed of the rotation and of the choice of text.")
 
 
 def main(values: flags.FlagValues) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments.shared import common, records
+from experiments.shared import common, flag_groups, flags_model, prompt_files
 
 _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
 # A tree for processors, which are compute-bound from a few nodes on.
@@ -40,11 +40,13 @@ class Answer:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values, model="smollm2-135m")
-    flags.DEFINE_string("prompts_file", str(_PROMPTS), "JSON lines.", flag_values=values)
-    flags.DEFINE_integer(
-        "max_new_tokens", 80, "Most new tokens per answer.", lower_bound=1, flag_values=values
-    )
+    flags_model.define(values, model="smollm2-135m")
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", str(_PROMPTS), "JSON lines.", flag_values=values)
+    with flag_groups.heading(values, "Sampling"):
+        flags.DEFINE_integer(
+            "max_new_tokens", 80, "Most new tokens per answer.", lower_bound=1, flag_values=values
+        )
 
 
 def main(values: flags.FlagValues) -> None:
@@ -52,12 +54,12 @@ def main(values: flags.FlagValues) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 100
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     console.print(f"loading {values.model}; each prompt size compiles once ...", highlight=False)
     if values.dtype is None:
         values.dtype = "float32"
-    model = common.load_model(values)
-    encoded = records.encode(model, prompts, values.prompts_file)
+    model = flags_model.load_model(values)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file)
     drafters = {"none": "none", "ngram": "ngram"}
     if model.default_head is not None:
         drafters["eagle"] = _EAGLE

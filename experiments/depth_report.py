@@ -20,7 +20,17 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments.shared import common, environment, records, tables
+from experiments.shared import (
+    common,
+    environment,
+    flag_groups,
+    flags_drafter,
+    flags_model,
+    naming,
+    prompt_files,
+    records,
+    tables,
+)
 from specjax import scoring
 from specjax.errors import ConfigError
 from specjax.models import prepare
@@ -31,21 +41,30 @@ _SELECTIONS = ("off", "vote", "prune")
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
-    common.define_drafter_flags(values, "eagle")
-    flags.DEFINE_string("label", None, "The model in tables. Default: --model.", flag_values=values)
-    flags.DEFINE_multi_string(
-        "reference",
-        [],
-        "Models to compare perplexities with; the first writes the text.",
-        flag_values=values,
-    )
-    flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 96, "Per prompt.", lower_bound=2, flag_values=values)
-    flags.DEFINE_integer("batch_size", 1, "Prompts together.", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("ignore_eos", False, "Go on after stop tokens.", flag_values=values)
-    flags.DEFINE_string("output", None, "JSON lines; resumes.", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "Start --output anew.", flag_values=values)
+    flags_model.define(values)
+    flags_drafter.define(values, "eagle")
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_multi_string(
+            "reference",
+            [],
+            "Models to compare perplexities with; the first writes the text.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "label", None, "The model in tables. Default: --model.", flag_values=values
+        )
+    with flag_groups.heading(values, "Sampling"):
+        flags.DEFINE_integer("max_new_tokens", 96, "Per prompt.", lower_bound=2, flag_values=values)
+        flags.DEFINE_boolean("ignore_eos", False, "Go on after stop tokens.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines; resumes.", flag_values=values)
+        flags.DEFINE_boolean("overwrite", False, "Start --output anew.", flag_values=values)
+    with flag_groups.heading(values, "Execution"):
+        flags.DEFINE_integer(
+            "batch_size", 1, "Prompts together.", lower_bound=1, flag_values=values
+        )
     flags.mark_flags_as_required(["prompts_file", "output"], flag_values=values)
 
 
@@ -53,9 +72,9 @@ def main(values: flags.FlagValues) -> None:
     """Measures what is missing, writes the table."""
     if values.tree_selection != "off":
         raise ConfigError("--tree_selection: all of them are compared; drop it")
-    spec = common.drafter_spec(values)
+    spec = flags_drafter.spec(values)
     output = records.check_output(values.output, ".jsonl")
-    prompts = records.read_prompts(values.prompts_file)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     with records.Records(output, values.overwrite) as results:
         _measure(values, spec, prompts, results)
         table = output.with_suffix(".md")
@@ -68,10 +87,10 @@ def _measure(values: flags.FlagValues, spec, prompts, results: records.Records) 
     """Appends the rows that are not there yet."""
     label = values.label or values.model
     config = {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "predictor": values.predictor,
         "survivors": values.survivors,
-        "drafter": common.full_spec(spec),
+        "drafter": naming.full_spec(spec),
         "reference": list(values.reference),
         "prompts_file": Path(values.prompts_file).name,
         **{name: values[name].value for name in ("max_new_tokens", "batch_size", "ignore_eos")},
@@ -116,7 +135,7 @@ def _load(values: flags.FlagValues, selection: str) -> specjax.LanguageModel:
     values.predictor = usual["predictor"] if selection != "off" else None
     values.survivors = usual["survivors"] if selection == "prune" else None
     try:
-        return common.load_model(values)
+        return flags_model.load_model(values)
     finally:
         values.tree_selection = "off"
         values.predictor, values.survivors = usual["predictor"], usual["survivors"]
@@ -129,7 +148,7 @@ def _decoded(
     model = _load(values, selection)
     if model.module.depth is None:
         raise ConfigError(f"{values.model} has no routers; train them with experiments.train_depth")
-    encoded = records.encode(model, prompts, values.prompts_file)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file)
     names = ("max_new_tokens", "batch_size", "ignore_eos")
     options = {name: values[name].value for name in names}
     drafter = model.drafter(spec)
@@ -200,7 +219,7 @@ def agreement(tokens: list[list[int]], plain: list[list[int]]) -> dict[str, Any]
 def _perplexities(values: flags.FlagValues, prompts) -> dict[str, Any]:
     """Of the text that the first reference model writes greedily after the prompts."""
     first = specjax.load(values.reference[0], dtype=values.dtype)
-    encoded = records.encode(first, prompts, values.prompts_file)
+    encoded = prompt_files.encode(first, prompts, values.prompts_file)
     written = first.generate(
         encoded, max_new_tokens=values.max_new_tokens, ignore_eos=values.ignore_eos
     )

@@ -32,6 +32,10 @@ from experiments.shared import (
     answers,
     common,
     environment,
+    flag_groups,
+    flags_drafter,
+    flags_model,
+    flags_sampling,
     methods,
     naming,
     preset,
@@ -49,40 +53,50 @@ _FINGERPRINT = (
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     preset.define_flags(values)
-    common.define_model_flags(values, required=False)
-    common.define_drafter_flags(values)
-    common.define_sampling_flags(values, max_new_tokens=None)
+    flags_sampling.define(values, max_new_tokens=None)
+    flags_model.define(values, required=False)
+    flags_drafter.define(values)
     string, integer, boolean = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     names = ", ".join(benchmarks.BENCHMARKS)
-    string("benchmark", None, f"One of: {names}.", flag_values=values)
-    string("data_dir", None, "Directory of the benchmarks' data.", flag_values=values)
-    string("output", None, "Directory for answer files.", flag_values=values)
-    string(
-        "run_name",
-        None,
-        "Name of the answer file and of the run in reports. Default: model, weights and drafter.",
-        flag_values=values,
-    )
     described = "questions, evenly over the categories. Default: all."
-    integer("limit", None, f"At most so many {described}", lower_bound=1, flag_values=values)
-    integer(
-        "limit_per_category", None, "At most so many of each.", lower_bound=1, flag_values=values
-    )
-    integer("warmup", 1, "Answers that are not counted.", lower_bound=0, flag_values=values)
-    boolean("overwrite", False, "Start the answer file anew.", flag_values=values)
-    boolean(
-        "draft_prefill_sep",
-        False,
-        "Tell the drafter's share of the prompts' time, by a second pass without it: draft_prefill_latency.",
-        flag_values=values,
-    )
-    boolean("trace", False, "Keep accept_lengths in the order of the steps.", flag_values=values)
-    boolean(
-        "allow_code_execution",
-        False,
-        "HumanEval: run what the model wrote, with your permissions, in a process with limited time and memory.",
-        flag_values=values,
-    )
+    with flag_groups.heading(values, "Input"):
+        string("benchmark", None, f"One of: {names}.", flag_values=values)
+        string("data_dir", None, "Directory of the benchmarks' data.", flag_values=values)
+        integer("limit", None, f"At most so many {described}", lower_bound=1, flag_values=values)
+        integer(
+            "limit_per_category",
+            None,
+            "At most so many of each.",
+            lower_bound=1,
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Measuring"):
+        integer("warmup", 1, "Answers that are not counted.", lower_bound=0, flag_values=values)
+        boolean(
+            "draft_prefill_sep",
+            False,
+            "Tell the drafter's share of the prompts' time, by a second pass without it: draft_prefill_latency.",
+            flag_values=values,
+        )
+        boolean(
+            "trace", False, "Keep accept_lengths in the order of the steps.", flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "Directory for answer files.", flag_values=values)
+        string(
+            "run_name",
+            None,
+            "Name of the answer file and of the run in reports. Default: model, weights and drafter.",
+            flag_values=values,
+        )
+        boolean("overwrite", False, "Start the answer file anew.", flag_values=values)
+    with flag_groups.heading(values, "Execution"):
+        boolean(
+            "allow_code_execution",
+            False,
+            "HumanEval: run what the model wrote, with your permissions, in a process with limited time and memory.",
+            flag_values=values,
+        )
 
 
 def main(values: flags.FlagValues) -> None:
@@ -94,14 +108,14 @@ def main(values: flags.FlagValues) -> None:
     benchmark = benchmarks.lookup(values.benchmark)
     questions = benchmark.load(Path(values.data_dir))
     chosen = choose(questions, values.limit, values.limit_per_category)
-    spec = common.drafter_spec(values)
+    spec = flags_drafter.spec(values)
     config = _config(values, benchmark, spec)
     path = Path(values.output) / benchmark.name / f"{config['run_name']}.jsonl"
     output = records.Records(path, values.overwrite)
     # An unset --dtype is known only when the model is loaded.
     unknown = {"dtype"} if values.dtype is None else set()
     output.check_config(config, [name for name in _FINGERPRINT if name not in unknown])
-    model = common.load_model(values, [spec])
+    model = flags_model.load_model(values, [spec])
     config["dtype"] = model.dtype_name
     config["fingerprint"] = records.fingerprint(config, _FINGERPRINT)
     output.check_config(config, _FINGERPRINT)
@@ -117,7 +131,7 @@ def main(values: flags.FlagValues) -> None:
         values.allow_code_execution,
         values.draft_prefill_sep and spec["kind"] != "none",
     )
-    with common.profiled(values), output:
+    with flags_model.profiled(values), output:
         if todo:
             run.warm_up(todo[0], values.warmup)
         else:
@@ -158,21 +172,21 @@ def _config(values: flags.FlagValues, benchmark: Benchmark, spec: dict[str, Any]
     return {
         "benchmark": benchmark.name,
         "run_name": name,
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "weights": weights,
-        "drafter": common.full_spec(spec),
+        "drafter": naming.full_spec(spec),
         "drafter_label": naming.short_label(spec),
         **options,
         "preset": values.preset,
         "backend": values.backend,
-        "dequantize": common.dequantize(values, [spec]),
+        "dequantize": flags_model.dequantize(values, [spec]),
         "environment": environment.record(),
     }
 
 
 def _options(values: flags.FlagValues, benchmark: Benchmark) -> dict[str, Any]:
     """Options of `LanguageModel.generate`: the flags, with the benchmark's rules."""
-    options = common.options(values)
+    options = flags_sampling.options(values)
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = benchmark.max_new_tokens
     options["stop"] = (*benchmark.stop, *options["stop"])

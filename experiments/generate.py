@@ -25,36 +25,69 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments.shared import common, environment, records
+from experiments.shared import (
+    common,
+    environment,
+    flag_groups,
+    flags_drafter,
+    flags_model,
+    flags_sampling,
+    naming,
+    prompt_files,
+    records,
+)
 from specjax.errors import ConfigError
+from specjax.language_model import Options
 
 _FINGERPRINT = (
     *("model", "drafter", "dtype", "scheme", "qserve_layernorm", "depth", "seed"),
     "max_new_tokens",
     *("max_length", "temperature", "top_k", "top_p", "stop", "acceptance", "ignore_eos"),
+    *("stop_token_ids", "add_generation_prompt", "continue_final_message"),
 )
+# Flags that say how conversations end.
+_CHAT = ("add_generation_prompt", "continue_final_message")
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
-    common.define_drafter_flags(values)
-    common.define_sampling_flags(values)
-    flags.DEFINE_string("prompt", None, "A user turn, answered as a stream.", flag_values=values)
-    flags.DEFINE_boolean(
-        "raw", False, "--prompt is raw text to continue; no chat template.", flag_values=values
-    )
-    flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    flags.DEFINE_string("output", None, "JSON lines of results.", flag_values=values)
-    flags.DEFINE_boolean(
-        "overwrite", False, "Start --output anew instead of continuing it.", flag_values=values
-    )
+    flags_sampling.define(values)
+    flags_model.define(values)
+    flags_drafter.define(values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string(
+            "prompt", None, "A user turn, answered as a stream.", flag_values=values
+        )
+        flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+        flags.DEFINE_boolean(
+            "raw", False, "--prompt is raw text to continue; no chat template.", flag_values=values
+        )
+        flags.DEFINE_boolean(
+            "add_generation_prompt",
+            None,
+            "Messages end where the assistant begins to speak. Default: unless the last one is continued.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "continue_final_message",
+            None,
+            "Messages end with the text of the last one, which is continued.",
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON lines of results.", flag_values=values)
+        flags.DEFINE_boolean(
+            "overwrite", False, "Start --output anew instead of continuing it.", flag_values=values
+        )
 
 
 def main(values: flags.FlagValues) -> None:
     """Checks everything that can be checked without the model, loads it, generates."""
+    Options(
+        **flags_sampling.options(values), **_chat_options(values)
+    )  # raises where a value is wrong
     prompts = _prompts(values)
-    spec = common.drafter_spec(values)
+    spec = flags_drafter.spec(values)
     config = _config(values, spec)
     output = None
     if values.output is not None:
@@ -62,17 +95,19 @@ def main(values: flags.FlagValues) -> None:
         # An unset --dtype is known only when the model is loaded.
         unknown = {"dtype"} if values.dtype is None else set()
         output.check_config(config, [name for name in _FINGERPRINT if name not in unknown])
-    model = common.load_model(values, [spec])
+    model = flags_model.load_model(values, [spec])
     config["dtype"] = model.dtype_name
     config["fingerprint"] = records.fingerprint(config, _FINGERPRINT)
     source = values.prompts_file or "--prompt"
-    encoded = records.encode(model, prompts, source, values.max_length)
+    encoded = prompt_files.encode(
+        model, prompts, source, values.max_length, **_chat_options(values)
+    )
     todo = list(range(len(prompts)))
     if output is not None:
         output.check_config(config, _FINGERPRINT)
         todo = _remaining(output, prompts, encoded)
     drafter = model.drafter(spec)
-    with common.profiled(values), output or contextlib.nullcontext() as sink:
+    with flags_model.profiled(values), output or contextlib.nullcontext() as sink:
         if not todo:
             sink.repair()
             print(f"all {len(prompts)} rows are in {sink.path}; nothing to do")
@@ -83,7 +118,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 def _prompts(values: flags.FlagValues) -> list[dict[str, Any]]:
-    """Rows of the prompts file, or one row made of --prompt; see `records.read_prompts`."""
+    """Rows of the prompts file, or one row made of --prompt; see `prompt_files.read_prompts`."""
     if (values.prompt is None) == (values.prompts_file is None):
         raise ConfigError("give either --prompt=TEXT or --prompts_file=FILE")
     if values.prompt is not None:
@@ -91,20 +126,26 @@ def _prompts(values: flags.FlagValues) -> list[dict[str, Any]]:
         return [{"id": 0, "line": None, "row": row}]
     if values.output is None:
         raise ConfigError("--prompts_file needs --output=FILE")
-    return records.read_prompts(values.prompts_file)
+    return prompt_files.read_prompts(values.prompts_file)
 
 
 def _config(values: flags.FlagValues, spec: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides how rows come about; `_FINGERPRINT` names what decides their tokens."""
-    generation = common.options(values)
+    generation = flags_sampling.options(values)
     return {
-        **common.model_config(values),
-        "drafter": common.full_spec(spec),
+        **flags_model.model_config(values),
+        "drafter": naming.full_spec(spec),
         **{name: value for name, value in generation.items() if name != "batch_size"},
+        **{name: values[name].value for name in _CHAT},
         "backend": values.backend,
-        "dequantize": common.dequantize(values, [spec]),
+        "dequantize": flags_model.dequantize(values, [spec]),
         "environment": environment.record(),
     }
+
+
+def _chat_options(values: flags.FlagValues) -> dict[str, bool]:
+    """The flags of conversations that are given."""
+    return {name: values[name].value for name in _CHAT if values[name].value is not None}
 
 
 def _remaining(output: records.Records, prompts, encoded) -> list[int]:
@@ -126,7 +167,7 @@ def _batch(model, drafter, prompts, encoded, todo, values, config, sink) -> None
         drafter,
         ids=[prompts[index]["id"] for index in todo],
         request_ids=todo,
-        **common.options(values),
+        **flags_sampling.options(values),
     )
     begin = time.perf_counter()
     tokens = steps = accepted = 0
@@ -159,7 +200,9 @@ def _interruptible(results, sink) -> Iterator[specjax.GenerationResult]:
 def _interactive(model, drafter, prompt: list[int], values, config, sink) -> None:
     """Streams one answer to stdout and sums it up."""
     result = None
-    for event in model.stream(prompt, drafter, **common.options(values) | {"batch_size": 1}):
+    for event in model.stream(
+        prompt, drafter, **flags_sampling.options(values) | {"batch_size": 1}
+    ):
         print(event.text, end="", flush=True)
         result = event.result
     print("\n" + summary(result))

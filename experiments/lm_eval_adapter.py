@@ -22,6 +22,7 @@ import specjax
 from specjax import scoring
 from specjax.drafters import registry
 from specjax.errors import ConfigError
+from specjax.text import special_ids
 
 try:
     from lm_eval.api.instance import Instance
@@ -66,6 +67,7 @@ class SpecjaxLM(TemplateLM):
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
+        prefix_token_id: int | None = None,
         **drafter_arguments: Any,
     ):
         """Loads the model and builds the drafter.
@@ -79,6 +81,7 @@ class SpecjaxLM(TemplateLM):
             max_gen_toks: most new tokens where a task says nothing.
             batch_size: sequences that are generated together.
             seed: of tasks that sample.
+            prefix_token_id: what stands before a text without context; default: BOS, else what ends a text.
             device, max_batch_size: not used; the harness always passes them. JAX_PLATFORMS chooses the device.
         Raises:
             ConfigError, CheckpointError, FileNotFoundError: before anything is computed.
@@ -90,6 +93,7 @@ class SpecjaxLM(TemplateLM):
         self.model = _load(pretrained, spec, chat_template, options)
         if self.model.tokenizer is None:
             raise ConfigError(f"pretrained={pretrained!r} has no tokenizer files")
+        self.model.tokenizer.encode("")  # raises where it cannot be read
         if self.model.dtype_name == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         self.drafter = self.model.drafter(spec)
@@ -98,6 +102,12 @@ class SpecjaxLM(TemplateLM):
         self.max_length = min(_whole("max_length", max_length or positions), positions)
         self.max_gen_toks = _whole("max_gen_toks", max_gen_toks)
         self.seed = seed
+        self._prefix = None if prefix_token_id is None else int(prefix_token_id)
+        special_ids.chosen(
+            "prefix_token_id",
+            () if self._prefix is None else (self._prefix,),
+            self.model.config.vocab_size,
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -105,15 +115,25 @@ class SpecjaxLM(TemplateLM):
         return self.tokenizer.digest()
 
     @property
-    def eot_token_id(self) -> int:
-        """The first token that ends a text."""
-        return self.model.config.eos_token_ids[0]
+    def eot_token_id(self) -> int | None:
+        """The first token that ends a text; None if neither configuration nor tokenizer name one."""
+        return next(iter(self.model.stop_ids), None)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS where the model has one."""
-        bos = self.model.config.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        """What stands before a text without context: BOS where there is one.
+
+        Raises:
+            ConfigError: there are neither BOS nor EOS, nor is one given.
+        """
+        candidates = (self._prefix, self.model.bos_token_id, self.eot_token_id)
+        found = next((i for i in candidates if i is not None), None)
+        if found is None:
+            raise ConfigError(
+                f"{self.model.name}: neither configuration nor tokenizer name a BOS or EOS token, which a text without "
+                "context needs before it: pass prefix_token_id=ID"
+            )
+        return found
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -122,7 +142,7 @@ class SpecjaxLM(TemplateLM):
         if add_special_tokens is not None:
             return self.tokenizer.encode(string, add_special_tokens)
         plain = self.tokenizer.encode(string, add_special_tokens=False)
-        starts = bool(plain) and plain[0] == self.tokenizer.bos_token_id
+        starts = bool(plain) and plain[0] == self.model.bos_token_id
         return plain if starts else self.tokenizer.encode(string)
 
     def apply_chat_template(
@@ -131,7 +151,7 @@ class SpecjaxLM(TemplateLM):
         """Text of a conversation; without `add_generation_prompt` its last message is an answer to be continued."""
         if add_generation_prompt or chat_history[-1]["role"] != "assistant":
             return self.tokenizer.render_chat(chat_history)
-        return self.tokenizer.render_chat(chat_history[:-1]) + chat_history[-1]["content"]
+        return self.tokenizer.render_chat(chat_history, continue_final_message=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
@@ -206,7 +226,7 @@ class SpecjaxLM(TemplateLM):
         given = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
         until = given.pop("until", None) or []
         options = {
-            "stop": [until] if isinstance(until, str) else [text for text in until if text],
+            "stop": [text for text in ([until] if isinstance(until, str) else until) if text],
             "max_new_tokens": given.pop("max_gen_toks"),
             "max_length": self.max_length,
             "batch_size": self._batch_size,

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from experiments import benchmarks
-from experiments.shared import common, records
+from experiments.shared import common, flag_groups, records
 from specjax.errors import ConfigError
 
 _DEFAULT = ["mt_bench", "spec_bench", "gsm8k", "human_eval"]
@@ -27,12 +27,16 @@ _WORD = re.compile(r"[^\W_]+")
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     string = flags.DEFINE_string
-    string("text_file", None, "Documents, one JSON object per line.", flag_values=values)
-    string("data_dir", None, "Folder of the benchmarks' data.", flag_values=values)
-    flags.DEFINE_list("benchmarks", _DEFAULT, "Benchmarks to compare with.", flag_values=values)
-    flags.DEFINE_integer("n", 13, "Words of an n-gram.", lower_bound=2, flag_values=values)
-    string("output", None, "JSON file for the counts.", flag_values=values)
-    string("clean", None, "JSON lines file for the documents without overlap.", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        string("text_file", None, "Documents, one JSON object per line.", flag_values=values)
+        string("data_dir", None, "Folder of the benchmarks' data.", flag_values=values)
+        flags.DEFINE_list("benchmarks", _DEFAULT, "Benchmarks to compare with.", flag_values=values)
+        flags.DEFINE_integer("n", 13, "Words of an n-gram.", lower_bound=2, flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "JSON file for the counts.", flag_values=values)
+        string(
+            "clean", None, "JSON lines file for the documents without overlap.", flag_values=values
+        )
     flags.mark_flags_as_required(["text_file", "data_dir"], flag_values=values)
 
 

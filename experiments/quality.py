@@ -1,12 +1,10 @@
-"""Perplexity of a model under every scheme and method that its shapes allow, beside its dense
-source.
+"""Perplexity of a model under every scheme and method that its shapes allow, beside its dense source.
 
-    python -m experiments.quality --model=smollm2-135m --text_file=text.jsonl --output=quality.jsonl
-    --table=quality.md
+    python -m experiments.quality --model=smollm2-135m --text_file=text.jsonl --output=quality.jsonl --table=quality.md
 
-Documents of the text are dealt out in turn: odd ones calibrate, even ones evaluate, in windows of
-512 tokens. Each row of the table is appended to --output when it is done; started again with the
-same flags, the run goes on where it stopped.
+Documents of the text are dealt out in turn: odd ones calibrate, even ones evaluate, in windows of 512 tokens. Each row
+of the table is appended to --output when it is done; started again with the same flags, the run goes on where it
+stopped.
 """
 
 import dataclasses
@@ -20,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments.shared import common, environment, records
+from experiments.shared import common, environment, flag_groups, records
 from specjax import checkpoints, language_model, scoring
 from specjax.errors import ConfigError
 from specjax.files import hub
@@ -102,20 +100,30 @@ TABLE = [
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
-    string("model", None, "Dense (or GGUF) checkpoint, or model name.", flag_values=values)
-    string("text_file", None, "Text: .txt, .json or .jsonl.", flag_values=values)
-    string("output", None, "JSON lines, one per row of the table.", flag_values=values)
-    string(
-        "table", None, "Markdown file for the table, rewritten after each row.", flag_values=values
-    )
-    string("rows", ".*", "Regular expression: rows to compute, by their ids.", flag_values=values)
-    integer("window", 512, "Tokens of a window.", lower_bound=8, flag_values=values)
-    integer("eval_tokens", 20480, "Tokens to evaluate on.", lower_bound=64, flag_values=values)
-    integer(
-        "calibration_samples", 64, "Windows to calibrate on.", lower_bound=1, flag_values=values
-    )
-    integer("seed", 0, "Of the rotation and the choice of text.", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "Start the output anew.", flag_values=values)
+    with flag_groups.heading(values, "Model"):
+        string("model", None, "Dense (or GGUF) checkpoint, or model name.", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        string("text_file", None, "Text: .txt, .json or .jsonl.", flag_values=values)
+        integer("window", 512, "Tokens of a window.", lower_bound=8, flag_values=values)
+        integer("eval_tokens", 20480, "Tokens to evaluate on.", lower_bound=64, flag_values=values)
+    with flag_groups.heading(values, "Quantization"):
+        integer(
+            "calibration_samples", 64, "Windows to calibrate on.", lower_bound=1, flag_values=values
+        )
+        integer("seed", 0, "Of the rotation and the choice of text.", flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        string(
+            "rows", ".*", "Regular expression: rows to compute, by their ids.", flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "JSON lines, one per row of the table.", flag_values=values)
+        string(
+            "table",
+            None,
+            "Markdown file for the table, rewritten after each row.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean("overwrite", False, "Start the output anew.", flag_values=values)
     flags.mark_flags_as_required(["model", "text_file", "output"], flag_values=values)
 
 

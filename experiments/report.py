@@ -1,8 +1,10 @@
 """Tables and figures from result files; runs no model.
 
     python -m experiments.report --inputs=DIR,FILE --output=DIR
+    python -m experiments.report --overview=experiments/results/smollm2_benchmarks/report.md --output=docs --formats=png
 
-Inputs are files (or directories of files) of JSON lines from `experiments.evaluate`, `experiments.step_times` and
+The second line draws OUTPUT/overview.png from a report that is there: tokens/s of all its runs in one figure. Inputs
+are files (or directories of files) of JSON lines from `experiments.evaluate`, `experiments.step_times` and
 `experiments.similarity`. OUTPUT gets report.md and its figures.
 
 A run's speed-up is the ratio of mean speeds (each the unweighted mean over questions, as the reference defines it) to
@@ -15,22 +17,38 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.shared import common, figures, records, runs, tables
+from experiments.shared import (
+    common,
+    figures,
+    figures_measured,
+    flag_groups,
+    overview,
+    records,
+    runs,
+    tables,
+)
 from experiments.shared.runs import Results
 from specjax.errors import ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("inputs", None, "Result files, or directories of them.", flag_values=values)
-    flags.DEFINE_string("output", None, "Directory for the report.", flag_values=values)
-    flags.mark_flags_as_required(["inputs", "output"], flag_values=values)
-    flags.DEFINE_string(
-        "baseline", None, "Name of the run that speed-ups refer to.", flag_values=values
-    )
-    flags.DEFINE_string("title", "Report", "Heading.", flag_values=values)
-    flags.DEFINE_list("formats", ["png", "svg"], "Of the figures.", flag_values=values)
-    flags.DEFINE_boolean("figures", True, "Draw figures (needs matplotlib).", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_list("inputs", [], "Result files, or directories of them.", flag_values=values)
+        flags.DEFINE_string(
+            "overview", None, "A report.md to sum up instead, in one figure.", flag_values=values
+        )
+        flags.DEFINE_string(
+            "baseline", None, "Name of the run that speed-ups refer to.", flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Directory for the report.", flag_values=values)
+        flags.DEFINE_string("title", "Report", "Heading.", flag_values=values)
+        flags.DEFINE_list("formats", ["png", "svg"], "Of the figures.", flag_values=values)
+        flags.DEFINE_boolean(
+            "figures", True, "Draw figures (needs matplotlib).", flag_values=values
+        )
+    flags.mark_flag_as_required("output", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -40,8 +58,13 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError(
             f"--formats={','.join(values.formats)}: supported are {', '.join(figures.FORMATS)}"
         )
-    if values.figures:
+    if bool(values.inputs) == (values.overview is not None):
+        raise ConfigError("give either --inputs=FILES or --overview=REPORT.md")
+    if values.figures or values.overview:
         figures.require()
+    if values.overview:
+        _overview(Path(values.overview), Path(values.output), values.formats)
+        return
     results = runs.read([Path(name) for name in values.inputs], values.baseline)
     folder = Path(values.output)
     drawn: dict[str, str] = {}
@@ -56,6 +79,12 @@ def main(values: flags.FlagValues) -> None:
     print(f"{len(results.runs)} runs, {len(drawn)} figures -> {folder / 'report.md'}")
 
 
+def _overview(report: Path, folder: Path, formats: Sequence[str]) -> None:
+    """One figure from a report."""
+    files = figures.save(overview.draw(*overview.read(report)), folder, "overview", formats)
+    print(f"{report} -> {', '.join(str(folder / name) for name in files)}")
+
+
 def _figures(results: Results) -> dict:
     """Figures by file name; those without data are left out."""
     drawn = {}
@@ -64,10 +93,10 @@ def _figures(results: Results) -> dict:
         drawn[f"{benchmark}_categories"] = figures.categories(found)
         drawn[f"{benchmark}_acceptance"] = figures.acceptance(found)
         drawn[f"{benchmark}_quality"] = figures.quality(found)
-    drawn["verify_times"] = figures.verify_times(results.verify_times)
-    drawn["time_split"] = figures.time_split(results.step_times)
+    drawn["verify_times"] = figures_measured.verify_times(results.verify_times)
+    drawn["time_split"] = figures_measured.time_split(results.step_times)
     for index, row in enumerate(results.similarities):
-        drawn[f"similarity_{index}"] = figures.similarity(row)
+        drawn[f"similarity_{index}"] = figures_measured.similarity(row)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 

@@ -13,20 +13,24 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import benchmarks
-from experiments.shared import answers, common, records
+from experiments.shared import answers, common, flag_groups, records
 from specjax.errors import ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_list("answers", None, "Answer files.", flag_values=values)
-    flags.DEFINE_string("data_dir", None, "Directory of the benchmarks' data.", flag_values=values)
-    flags.DEFINE_boolean(
-        "allow_code_execution",
-        False,
-        "HumanEval: run what the model wrote, with your permissions, in a process with limited time and memory.",
-        flag_values=values,
-    )
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_list("answers", None, "Answer files.", flag_values=values)
+        flags.DEFINE_string(
+            "data_dir", None, "Directory of the benchmarks' data.", flag_values=values
+        )
+    with flag_groups.heading(values, "Execution"):
+        flags.DEFINE_boolean(
+            "allow_code_execution",
+            False,
+            "HumanEval: run what the model wrote, with your permissions, in a process with limited time and memory.",
+            flag_values=values,
+        )
     flags.mark_flags_as_required(["answers", "data_dir"], flag_values=values)
 
 

@@ -17,22 +17,27 @@ import safetensors
 import safetensors.numpy
 from absl import flags
 
-from experiments.shared import common, environment, records
+from experiments.shared import common, environment, flag_groups, flags_model, records
 from specjax import scoring
 from specjax.errors import CheckpointError, ConfigError
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
-    flags.DEFINE_string(
-        "input_ids_file", None, "Safetensors file with the tensor input_ids.", flag_values=values
-    )
-    flags.DEFINE_string("text_file", None, "UTF-8 text.", flag_values=values)
-    flags.DEFINE_integer(
-        "window", 512, "Text tokens per window.", lower_bound=2, flag_values=values
-    )
-    flags.DEFINE_string("output", None, "Where the result goes.", flag_values=values)
+    flags_model.define(values)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("text_file", None, "UTF-8 text.", flag_values=values)
+        flags.DEFINE_integer(
+            "window", 512, "Text tokens per window.", lower_bound=2, flag_values=values
+        )
+        flags.DEFINE_string(
+            "input_ids_file",
+            None,
+            "Safetensors file with the tensor input_ids.",
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Where the result goes.", flag_values=values)
     flags.mark_flag_as_required("output", flag_values=values)
 
 
@@ -49,8 +54,8 @@ def main(values: flags.FlagValues) -> None:
 def _write_logits(values: flags.FlagValues) -> None:
     output = records.check_output(values.output, ".safetensors")
     input_ids = read_input_ids(values.input_ids_file)
-    model = common.load_model(values)
-    with common.profiled(values):
+    model = flags_model.load_model(values)
+    with flags_model.profiled(values):
         logits = scoring.logits(model, input_ids)
     with records.atomic(output) as path:
         metadata = {"config": json.dumps(_config(values, model))}
@@ -64,11 +69,11 @@ def _write_perplexity(values: flags.FlagValues) -> None:
         text = Path(values.text_file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{values.text_file}: not UTF-8 text: {error}") from None
-    model = common.load_model(values)
+    model = flags_model.load_model(values)
     if model.tokenizer is None:
         raise ConfigError(f"model {model.name!r} has no tokenizer files, which --text_file needs")
     ids = model.tokenizer.encode(text, add_special_tokens=False)
-    with common.profiled(values):
+    with flags_model.profiled(values):
         result = scoring.perplexity(model, ids, values.window)
     row = dataclasses.asdict(result)
     row |= {"text_file": Path(values.text_file).name, "config": _config(values, model)}
@@ -82,7 +87,7 @@ def _write_perplexity(values: flags.FlagValues) -> None:
 
 def _config(values: flags.FlagValues, model) -> dict:
     return {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "dtype": model.dtype_name,
         "backend": values.backend,
         "dequantize": values.dequantize,

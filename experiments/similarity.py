@@ -22,7 +22,15 @@ from jax import lax
 from tqdm import tqdm
 
 from experiments import benchmarks, evaluate
-from experiments.shared import common, environment, preset, records
+from experiments.shared import (
+    common,
+    environment,
+    flag_groups,
+    flags_model,
+    preset,
+    prompt_files,
+    records,
+)
 from specjax.decoding import sampling as sample
 from specjax.engine import engine
 from specjax.errors import ConfigError
@@ -36,15 +44,19 @@ _CONFIDENT = 0.8
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     preset.define_flags(values)
-    common.define_model_flags(values, required=False)
+    flags_model.define(values, required=False)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
-    string("candidate", None, "Activation scheme to compare, e.g. w4a4.", flag_values=values)
-    string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    string("benchmark", None, "First turns of a benchmark instead.", flag_values=values)
-    string("data_dir", None, "Directory of the benchmarks' data.", flag_values=values)
-    integer("limit", None, "At most so many prompts.", lower_bound=1, flag_values=values)
-    integer("max_new_tokens", 128, "Tokens per prompt.", lower_bound=1, flag_values=values)
-    string("output", None, "JSON lines; rows are appended.", flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+        string("benchmark", None, "First turns of a benchmark instead.", flag_values=values)
+        string("data_dir", None, "Directory of the benchmarks' data.", flag_values=values)
+        integer("limit", None, "At most so many prompts.", lower_bound=1, flag_values=values)
+    with flag_groups.heading(values, "Sampling"):
+        integer("max_new_tokens", 128, "Tokens per prompt.", lower_bound=1, flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        string("candidate", None, "Activation scheme to compare, e.g. w4a4.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "JSON lines; rows are appended.", flag_values=values)
     flags.mark_flag_as_required("output", flag_values=values)
 
 
@@ -57,14 +69,14 @@ def main(values: flags.FlagValues) -> None:
     prompts = _prompts(values)
     if values.dequantize == "auto":
         values.dequantize = "never"
-    model = common.load_model(values)
+    model = flags_model.load_model(values)
     candidate = model.module.with_scheme(values.candidate)
     encoded = prompts(model)
     config = _config(values, model)
     rows = []
     results = model.generate_iter(list(encoded.values()), max_new_tokens=values.max_new_tokens)
     names = list(encoded)
-    with common.profiled(values):
+    with flags_model.profiled(values):
         for index, result in tqdm(results, total=len(names), unit="prompt", disable=None):
             found = compare(model.module, candidate, result.input_ids, result.output_ids)
             rows.append({"record": "similarity_prompt", "id": names[index], **found})
@@ -87,10 +99,10 @@ def _prompts(values: flags.FlagValues):
     if (values.prompts_file is None) == (values.benchmark is None):
         raise ConfigError("give either --prompts_file=FILE or --benchmark=NAME with --data_dir=DIR")
     if values.prompts_file is not None:
-        read = records.read_prompts(values.prompts_file)[: values.limit]
+        read = prompt_files.read_prompts(values.prompts_file)[: values.limit]
         names = [prompt["id"] for prompt in read]
         source = values.prompts_file
-        return lambda model: dict(zip(names, records.encode(model, read, source), strict=True))
+        return lambda model: dict(zip(names, prompt_files.encode(model, read, source), strict=True))
     if values.data_dir is None:
         raise ConfigError("--benchmark needs --data_dir")
     benchmark = benchmarks.lookup(values.benchmark)
@@ -102,7 +114,7 @@ def _config(values: flags.FlagValues, model) -> dict[str, Any]:
     weights = values.scheme or evaluate.describe_weights(values.model)
     source = values.benchmark or Path(values.prompts_file).name
     return {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "dtype": model.dtype_name,
         "weights": weights,
         "candidate": values.candidate,

@@ -23,7 +23,17 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import evaluate
-from experiments.shared import common, environment, naming, preset, records
+from experiments.shared import (
+    common,
+    environment,
+    flag_groups,
+    flags_drafter,
+    flags_model,
+    naming,
+    preset,
+    prompt_files,
+    records,
+)
 from specjax import verify
 from specjax.decoding import sampling, target
 from specjax.decoding.tree import Tree
@@ -38,43 +48,51 @@ _PROMPTS = Path(__file__).parent / "presets" / "demo.jsonl"
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
     preset.define_flags(values)
-    common.define_model_flags(values, required=False)
-    common.define_drafter_flags(values)
+    flags_model.define(values, required=False)
+    flags_drafter.define(values)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
-    string("prompts_file", str(_PROMPTS), "JSON lines; the first one is used.", flag_values=values)
-    string("output", None, "JSON lines; rows are appended.", flag_values=values)
-    flags.mark_flag_as_required("output", flag_values=values)
     sizes = [str(size) for size in (1, 2, 4, 8, 16, 32, 64)]
-    flags.DEFINE_list("sizes", sizes, "Numbers of nodes to verify.", flag_values=values)
-    integer("batch_size", 1, "Sequences that run together.", lower_bound=1, flag_values=values)
-    integer("repeats", 9, "Timings of each part; medians count.", lower_bound=1, flag_values=values)
+    with flag_groups.heading(values, "Input"):
+        string(
+            "prompts_file", str(_PROMPTS), "JSON lines; the first one is used.", flag_values=values
+        )
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_list("sizes", sizes, "Numbers of nodes to verify.", flag_values=values)
+        integer(
+            "repeats", 9, "Timings of each part; medians count.", lower_bound=1, flag_values=values
+        )
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "JSON lines; rows are appended.", flag_values=values)
+    with flag_groups.heading(values, "Execution"):
+        integer("batch_size", 1, "Sequences that run together.", lower_bound=1, flag_values=values)
+    flags.mark_flag_as_required("output", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
     """Measures, writes, prints."""
     preset.apply(values)
     sizes = _sizes(values.sizes)
-    spec = common.drafter_spec(values)
+    spec = flags_drafter.spec(values)
     output = records.check_output(values.output, ".jsonl")
-    prompts = records.read_prompts(values.prompts_file)[:1]
+    prompts = prompt_files.read_prompts(values.prompts_file)[:1]
     weights = evaluate.describe_weights(values.model)
     weights += f" as {values.scheme}" if values.scheme else ""
-    model = common.load_model(values, [spec])
-    [prompt] = records.encode(model, prompts, values.prompts_file)
+    model = flags_model.load_model(values, [spec])
+    [prompt] = prompt_files.encode(model, prompts, values.prompts_file)
     drafter = model.drafter(spec)
     state = prefilled(model.module, drafter, prompt, values.batch_size, max(sizes))
-    with common.profiled(values):
+    with flags_model.profiled(values):
         times = measure(model.module, drafter, state, sizes, values.repeats)
     config = {
-        **common.model_config(values),
+        **flags_model.model_config(values),
         "dtype": model.dtype_name,
         "weights": weights,
-        "drafter": common.full_spec(spec),
+        "drafter": naming.full_spec(spec),
         "batch_size": values.batch_size,
         "prompt_tokens": len(prompt),
         "repeats": values.repeats,
         "backend": values.backend,
-        "dequantize": common.dequantize(values, [spec]),
+        "dequantize": flags_model.dequantize(values, [spec]),
         "environment": environment.record(),
     }
     rows = _rows(times, weights, spec, drafter.num_nodes, sizes)

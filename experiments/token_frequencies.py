@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from experiments.shared import common, records
+from experiments.shared import common, flag_groups, records
 from specjax import checkpoints
 from specjax.drafters import draft_vocabulary
 from specjax.errors import ConfigError
@@ -31,23 +31,25 @@ _SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    flags.DEFINE_string(
-        "model",
-        None,
-        "As for experiments.generate; only its tokenizer is read.",
-        flag_values=values,
-    )
-    flags.DEFINE_string("text_file", None, "Text to count.", flag_values=values)
-    flags.DEFINE_integer(
-        "size",
-        None,
-        "List so many tokens; default: all that occur.",
-        lower_bound=1,
-        flag_values=values,
-    )
-    flags.DEFINE_string("output", None, "JSON file to write.", flag_values=values)
-    for name in ("model", "output"):
-        flags.mark_flag_as_required(name, flag_values=values)
+    with flag_groups.heading(values, "Model"):
+        flags.DEFINE_string(
+            "model",
+            None,
+            "As for experiments.generate; only its tokenizer is read.",
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("text_file", None, "Text to count.", flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON file to write.", flag_values=values)
+        flags.DEFINE_integer(
+            "size",
+            None,
+            "List so many tokens; default: all that occur.",
+            lower_bound=1,
+            flag_values=values,
+        )
+    flags.mark_flags_as_required(["model", "output"], flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import flags
 
 import specjax
-from experiments.shared import common, own_text, training_runs
+from experiments.shared import common, flag_groups, own_text, training_runs
 from specjax import checkpoints, config, conversion
 from specjax.checkpoints import export
 from specjax.config.depth import DepthConfig
@@ -49,18 +49,25 @@ def define_flags(values: flags.FlagValues) -> None:
     choice = functools.partial(flags.DEFINE_enum, flag_values=values)
     training_runs.define_run_flags(values, weight_decay=0.02, clip_norm=1.0)
     training_runs.define_text_flags(values)
-    number("target_rate", 0.5, "Share of the layers that a token shall run through.")
-    choice(
-        "router_bits", "4", ("none", "4", "8"), "Codes that routers see; none: the state itself."
-    )
-    integer("router_width", 512, "Hidden units of a router.", lower_bound=1)
-    integer("start_layer", 2, "First layer that can be skipped.", lower_bound=0)
-    integer("reserved_tokens", 2, "First tokens that run through all layers.", lower_bound=0)
-    number("rate_weight", 5.0, "Final weight of the distance from --target_rate.", lower_bound=0.0)
-    integer("lora_rank", 8, "Rank of the updates of q, k and v.", lower_bound=1)
-    number("dropout", 0.05, "Of the updates' outputs.", lower_bound=0.0, upper_bound=0.9)
-    number("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
-    choice("export_dtype", None, config.DTYPES, "Of the written weights. Default: the base's.")
+    with flag_groups.heading(values, "Training"):
+        number("target_rate", 0.5, "Share of the layers that a token shall run through.")
+        number(
+            "rate_weight", 5.0, "Final weight of the distance from --target_rate.", lower_bound=0.0
+        )
+        number("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
+        integer("lora_rank", 8, "Rank of the updates of q, k and v.", lower_bound=1)
+        number("dropout", 0.05, "Of the updates' outputs.", lower_bound=0.0, upper_bound=0.9)
+        choice(
+            "router_bits",
+            "4",
+            ("none", "4", "8"),
+            "Codes that routers see; none: the state itself.",
+        )
+        integer("router_width", 512, "Hidden units of a router.", lower_bound=1)
+        integer("start_layer", 2, "First layer that can be skipped.", lower_bound=0)
+        integer("reserved_tokens", 2, "First tokens that run through all layers.", lower_bound=0)
+    with flag_groups.heading(values, "Output"):
+        choice("export_dtype", None, config.DTYPES, "Of the written weights. Default: the base's.")
 
 
 def main(values: flags.FlagValues) -> None:

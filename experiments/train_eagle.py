@@ -22,7 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments.shared import common, own_text, training_runs
+from experiments.shared import common, flag_groups, own_text, training_runs
 from specjax.drafters import draft_vocabulary
 from specjax.errors import ConfigError
 
@@ -42,39 +42,44 @@ def define_flags(values: flags.FlagValues) -> None:
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     training_runs.define_run_flags(values, weight_decay=0.0, clip_norm=0.5)
-    flags.DEFINE_enum(
-        *("kind", "eagle", ("eagle", "eagle3", "medusa"), "Head to train."), flag_values=values
-    )
     training_runs.define_text_flags(values)
-    integer(
-        *("self_prompts", None),
-        "Let the target write so many prompts itself first (as Magpie, arXiv 2406.08464), and answer them.",
-        lower_bound=1,
-    )
-    integer(
-        *("draft_vocab_size", None),
-        "Tokens that the loss is taken over, and EAGLE-3 drafts from: the text's most frequent. Default: all; for "
-        "eagle3 at most 32000.",
-        lower_bound=2,
-    )
-    integer("num_heads", 4, "Medusa heads.", lower_bound=1)
-    number("learning_rate", None, "Peak. Default: 3e-4; medusa 1e-3.", lower_bound=0.0)
-    number(
-        "feature_noise",
-        None,
-        "Width of the noise. Default: 0.2 for eagle, else 0.",
-        lower_bound=0.0,
-    )
-    integer("unroll", None, "Drafting steps in the loss. Default: 1; eagle3 5.", lower_bound=1)
-    number("decay", None, "Weight of a step (or head) over the one before. Default: 0.8; medusa 1.")
-    number("regression_weight", None, "Smooth L1 of features. Default: 1 for eagle, else 0.")
-    number("cross_entropy_weight", None, "Soft cross-entropy. Default: 0.1 for eagle, else 1.")
-    flags.DEFINE_boolean(
-        "linear_start",
-        True,
-        "Start an eagle head as the linear map that best predicts the next feature.",
-        flag_values=values,
-    )
+    with flag_groups.heading(values, "Input"):
+        integer(
+            *("self_prompts", None),
+            "Let the target write so many prompts itself first (as Magpie, arXiv 2406.08464), and answer them.",
+            lower_bound=1,
+        )
+    with flag_groups.heading(values, "Drafter"):
+        flags.DEFINE_enum(
+            *("kind", "eagle", ("eagle", "eagle3", "medusa"), "Head to train."), flag_values=values
+        )
+        integer(
+            *("draft_vocab_size", None),
+            "Tokens that the loss is taken over, and EAGLE-3 drafts from: the text's most frequent. Default: all; for "
+            "eagle3 at most 32000.",
+            lower_bound=2,
+        )
+        integer("num_heads", 4, "Medusa heads.", lower_bound=1)
+    with flag_groups.heading(values, "Training"):
+        number("learning_rate", None, "Peak. Default: 3e-4; medusa 1e-3.", lower_bound=0.0)
+        number(
+            "feature_noise",
+            None,
+            "Width of the noise. Default: 0.2 for eagle, else 0.",
+            lower_bound=0.0,
+        )
+        integer("unroll", None, "Drafting steps in the loss. Default: 1; eagle3 5.", lower_bound=1)
+        number(
+            "decay", None, "Weight of a step (or head) over the one before. Default: 0.8; medusa 1."
+        )
+        number("regression_weight", None, "Smooth L1 of features. Default: 1 for eagle, else 0.")
+        number("cross_entropy_weight", None, "Soft cross-entropy. Default: 0.1 for eagle, else 1.")
+        flags.DEFINE_boolean(
+            "linear_start",
+            True,
+            "Start an eagle head as the linear map that best predicts the next feature.",
+            flag_values=values,
+        )
 
 
 def main(values: flags.FlagValues) -> None:

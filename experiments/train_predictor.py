@@ -17,7 +17,17 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.shared import common, environment, records, training_runs
+from experiments.shared import (
+    common,
+    environment,
+    flag_groups,
+    flags_drafter,
+    flags_model,
+    naming,
+    prompt_files,
+    records,
+    training_runs,
+)
 from specjax.decoding import target as passes
 from specjax.depth import predictor
 from specjax.engine import engine
@@ -25,31 +35,38 @@ from specjax.errors import ConfigError
 from specjax.training.depth import nodes, regression
 
 _RECIPE = (
-    *("model", "depth", "drafter", *common.DRAFTER_FLAGS, "prompts_file", "layer"),
+    *("model", "depth", "drafter", *flags_drafter.DRAFTER_FLAGS, "prompts_file", "layer"),
     *("max_new_tokens", "batch_size", "ignore_eos", "dtype"),
 )
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
-    common.define_drafter_flags(values, "eagle")
-    flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
-    flags.DEFINE_integer(
-        "layer", 6, "The predictor reads what enters it.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer("max_new_tokens", 96, "Per prompt.", lower_bound=2, flag_values=values)
-    flags.DEFINE_integer("batch_size", 4, "Prompts together.", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("ignore_eos", False, "Go on after stop tokens.", flag_values=values)
-    flags.DEFINE_float(
-        "held_out", 0.2, "Share of the prompts that measure.", 0.01, 0.9, flag_values=values
-    )
-    flags.DEFINE_float("ridge", 1e-3, "Penalty of large weights.", 0.0, flag_values=values)
-    flags.DEFINE_string("output", None, "Folder for the predictor.", flag_values=values)
-    flags.DEFINE_string(
-        "work_dir", None, "Folder for the nodes. Default: OUTPUT.work.", flag_values=values
-    )
-    flags.DEFINE_boolean("overwrite", False, "Replace another --output.", flag_values=values)
+    flags_model.define(values)
+    flags_drafter.define(values, "eagle")
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", None, "JSON lines of prompts.", flag_values=values)
+    with flag_groups.heading(values, "Sampling"):
+        flags.DEFINE_integer("max_new_tokens", 96, "Per prompt.", lower_bound=2, flag_values=values)
+        flags.DEFINE_boolean("ignore_eos", False, "Go on after stop tokens.", flag_values=values)
+    with flag_groups.heading(values, "Training"):
+        flags.DEFINE_integer(
+            "layer", 6, "The predictor reads what enters it.", lower_bound=1, flag_values=values
+        )
+        flags.DEFINE_float(
+            "held_out", 0.2, "Share of the prompts that measure.", 0.01, 0.9, flag_values=values
+        )
+        flags.DEFINE_float("ridge", 1e-3, "Penalty of large weights.", 0.0, flag_values=values)
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "Folder for the predictor.", flag_values=values)
+        flags.DEFINE_string(
+            "work_dir", None, "Folder for the nodes. Default: OUTPUT.work.", flag_values=values
+        )
+        flags.DEFINE_boolean("overwrite", False, "Replace another --output.", flag_values=values)
+    with flag_groups.heading(values, "Execution"):
+        flags.DEFINE_integer(
+            "batch_size", 4, "Prompts together.", lower_bound=1, flag_values=values
+        )
     flags.mark_flags_as_required(["prompts_file", "output"], flag_values=values)
 
 
@@ -57,13 +74,13 @@ def main(values: flags.FlagValues) -> None:
     """Collects nodes, fits, measures, writes."""
     if values.tree_selection != "off":
         raise ConfigError("--tree_selection: nodes are collected with 'off', all of them voting")
-    spec = common.drafter_spec(values)
-    prompts = records.read_prompts(values.prompts_file)
+    spec = flags_drafter.spec(values)
+    prompts = prompt_files.read_prompts(values.prompts_file)
     work, output = training_runs.claim(values, _RECIPE)
-    model = common.load_model(values, [spec])
+    model = flags_model.load_model(values, [spec])
     if values.layer >= model.config.num_layers:
         raise ConfigError(f"--layer={values.layer}: the model has {model.config.num_layers} layers")
-    encoded = records.encode(model, prompts, values.prompts_file)
+    encoded = prompt_files.encode(model, prompts, values.prompts_file)
     _collect(values, model, model.drafter(spec), encoded, work)
     held_out = max(1, round(values.held_out * len(prompts)))
     if held_out >= len(prompts):
@@ -75,7 +92,7 @@ def main(values: flags.FlagValues) -> None:
         jnp.asarray(weight, jnp.float32), jnp.float32(bias), layer=values.layer
     )
     facts = _facts(made, features, labels, measuring)
-    facts["drafter"] = common.full_spec(spec)
+    facts["drafter"] = naming.full_spec(spec)
     facts["environment"] = environment.record()
     predictor.save(made, output, facts, overwrite=True)
     shown = ("nodes", "accepted", "auc", "auc_training")

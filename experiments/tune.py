@@ -17,7 +17,16 @@ from rich.table import Table
 from tqdm import tqdm
 
 from experiments import step_times
-from experiments.shared import common, contest, environment, records
+from experiments.shared import (
+    common,
+    contest,
+    environment,
+    flag_groups,
+    flags_drafter,
+    flags_model,
+    prompt_files,
+    records,
+)
 from specjax.drafters import registry, tuning
 from specjax.errors import ConfigError
 
@@ -26,19 +35,27 @@ _PROMPTS = Path(__file__).resolve().parent / "presets" / "demo.jsonl"
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of this binary."""
-    common.define_model_flags(values)
-    common.define_drafter_flags(values, default="eagle")
-    flags.DEFINE_list(
-        "sizes", "2,3,4,6,8,12,16,32,60", "Nodes of the trees to try.", flag_values=values
-    )
-    flags.DEFINE_string("prompts_file", str(_PROMPTS), "Prompts to decode.", flag_values=values)
-    flags.DEFINE_integer("limit", 8, "Prompts to take.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 64, "Per prompt.", lower_bound=8, flag_values=values)
-    flags.DEFINE_integer("repeats", 9, "Timed calls; the median counts.", flag_values=values)
-    flags.DEFINE_float(
-        "margin", 0.05, "Gain below which drafting stays off.", lower_bound=0.0, flag_values=values
-    )
-    flags.DEFINE_string("output", None, "JSON file for --tuned.", flag_values=values)
+    flags_model.define(values)
+    flags_drafter.define(values, default="eagle")
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_string("prompts_file", str(_PROMPTS), "Prompts to decode.", flag_values=values)
+        flags.DEFINE_integer("limit", 8, "Prompts to take.", lower_bound=1, flag_values=values)
+    with flag_groups.heading(values, "Sampling"):
+        flags.DEFINE_integer("max_new_tokens", 64, "Per prompt.", lower_bound=8, flag_values=values)
+    with flag_groups.heading(values, "Measuring"):
+        flags.DEFINE_list(
+            "sizes", "2,3,4,6,8,12,16,32,60", "Nodes of the trees to try.", flag_values=values
+        )
+        flags.DEFINE_integer("repeats", 9, "Timed calls; the median counts.", flag_values=values)
+        flags.DEFINE_float(
+            "margin",
+            0.05,
+            "Gain below which drafting stays off.",
+            lower_bound=0.0,
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Output"):
+        flags.DEFINE_string("output", None, "JSON file for --tuned.", flag_values=values)
     flags.mark_flag_as_required("output", flag_values=values)
 
 
@@ -47,12 +64,12 @@ def main(values: flags.FlagValues) -> None:
     output = records.check_output(values.output, ".json")
     if values.tuned is not None:
         raise ConfigError("--tuned is what this binary makes; use --output")
-    base = common.drafter_spec(values)
+    base = flags_drafter.spec(values)
     sizes = _sizes(values)
     specs = {size: _sized(base, size) for size in sizes}
-    prompts = records.read_prompts(values.prompts_file)[: values.limit]
-    model = common.load_model(values, [base])
-    encoded = records.encode(model, prompts, values.prompts_file, None)
+    prompts = prompt_files.read_prompts(values.prompts_file)[: values.limit]
+    model = flags_model.load_model(values, [base])
+    encoded = prompt_files.encode(model, prompts, values.prompts_file, None)
     prompt = max(encoded, key=len)
     verify_ms, propose_ms, acceptance = {}, {}, {}
     with tqdm(total=2 * len(sizes), unit="measurement") as bar:

@@ -26,7 +26,8 @@ from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.quant import rotation as rotations
 from specjax.quant.rotation import Rotation
-from specjax.quantize import calibration, heads, layerwise, quantize, recipe, rotate, rtn, selfcheck
+from specjax.quantize import calibration, heads, layerwise, quantize, recipe, rtn, selfcheck
+from specjax.quantize import rotate as rotating
 from specjax.quantize.recipe import Recipe
 from specjax.quantize.workdir import WorkDir
 from specjax.text import tokenizer
@@ -153,6 +154,8 @@ def convert(
     checkpoint = checkpoints.open_checkpoint(path)
     if chosen is not None:
         _check_recipe(chosen, checkpoint.config, format)
+    if rotate or rotation is not None:
+        rotating.check_architecture(checkpoint.config)
     text = _tokenizer(path, checkpoint, needed=calibration_file is not None)
     windows = None
     if chosen is not None and chosen.needs_calibration:
@@ -276,7 +279,7 @@ def _load(path: Path, checkpoint: base.Checkpoint, decode: bool) -> tuple[Llama,
     module = llama.build(checkpoint, jnp.dtype("float32" if decode else checkpoint.config.dtype))
     module = routing.attach(module, checkpoint.config, routing.policy(checkpoint))
     inventory.check(checkpoint)
-    module = rotate.attach_from(module, path)
+    module = rotating.attach_from(module, path)
     written = manifest.read(path) if path.is_dir() else None
     file = rotations.find(path) if path.is_dir() else None
     stored = rotations.load(file) if file is not None else None
@@ -307,9 +310,9 @@ def _rotate(
     online = spec is not None and spec.bits == 4
     made = None if file is None else rotations.load(Path(file))
     made = made or rotations.random_hadamard(module.config, seed, online)
-    gain = np.asarray(module.model.norm.weight[...], np.float64)
+    gain = np.asarray(module.model.norm.gain, np.float64)
     made = dataclasses.replace(made, norm_gain=gain)
-    return rotate.rotate(module, made), made
+    return rotating.rotate(module, made), made
 
 
 def _work(

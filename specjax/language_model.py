@@ -1,7 +1,8 @@
 """Text in, text out: `LanguageModel.generate` and `.stream`, as people use a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from specjax.engine.engine import Completion, Engine, Programs, Request
 from specjax.engine.metrics import Metrics
 from specjax.errors import CapacityError, ConfigError
 from specjax.loading import LoadedModel, LoadOptions
-from specjax.text.stopping import StopStrings
+from specjax.text import chat, special_ids, tokenizer
+from specjax.text.transcript import Transcript, stop_strings
 from specjax.verify import Acceptor
 
 # A user turn as text, token ids, or a row with input_ids, messages, text (raw) or prompt (user turn), in that order.
-Prompt = str | Sequence[int] | dict[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
+PROMPT_FIELDS = ("input_ids", "messages", "text", "prompt")
 STREAM_STEPS = 4
 
 
@@ -32,7 +35,8 @@ class GenerationResult:
         id: the caller's name for it; its index where none was given.
         input_ids: prompt tokens, chat template included.
         output_ids: new tokens, the stop token included if one was produced.
-        text: the new text without special tokens, cut before a stop string; None without a tokenizer.
+        text: what decoding adds to the prompt's text, without special tokens, cut before a stop string; None without a
+            tokenizer.
         finish_reason: "stop" (stop token or string) or "length".
         metrics: acceptance and speed.
     """
@@ -74,15 +78,21 @@ class Options:
     """How to generate.
 
     Attributes:
-        max_new_tokens: most tokens to return per request.
+        max_new_tokens: most tokens to return per request; fewer where the context ends before.
         max_length: bound on prompt + new tokens; None = the model's max_position_embeddings.
         temperature, top_k, top_p: see `specjax.decoding.sampling.sampling`; temperature 0 is greedy.
-        stop: string or strings that end a text; they are cut off.
-        seed: seed of all random choices; same seed, drafter and request ids give the same tokens.
+        stop: string or strings that end a text; they are cut off. They may be or hold special tokens.
+        stop_token_ids: token ids that end a generation besides the model's own.
+        seed: seed of all random choices, any whole number; same seed, drafter and request ids give the same tokens.
         batch_size: requests that run together; finished ones are replaced from the queue.
         acceptance: "lossless", the lossy "typical" or "relaxed", or a rule itself; see `specjax.verify`.
-        ignore_eos: do not stop at the model's stop tokens.
+        ignore_eos: do not stop at the model's stop tokens; those of `stop_token_ids` still end a generation.
+        add_generation_prompt: conversations end where the assistant begins to speak; None: unless the last message
+            is continued.
+        continue_final_message: conversations end with their last message's text, which is continued.
         trace: record what every step drafted, accepted and added, in the results' metrics.
+    Raises:
+        ConfigError: a value is out of range or of another type; the option is named.
     """
 
     max_new_tokens: int = 128
@@ -90,19 +100,32 @@ class Options:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     seed: int = 0
     batch_size: int = 1
     acceptance: str | Acceptor = "lossless"
     ignore_eos: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     trace: bool = False
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        for name in ("max_new_tokens", "batch_size", "max_length"):
+            value = getattr(self, name)
+            if (value is not None or name != "max_length") and sample.whole(name, value) < 1:
+                raise ConfigError(f"{name}={value}: at least 1 is needed")
+        sample.whole("seed", self.seed)
+        sample.sampling(self.temperature, self.top_k, self.top_p)
+        for name in ("ignore_eos", "continue_final_message", "trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if not isinstance(self.add_generation_prompt, bool | None):
+            raise ConfigError(
+                f"add_generation_prompt={self.add_generation_prompt!r}: must be True, False or None"
+            )
+        chat.generation_prompt(self.add_generation_prompt, self.continue_final_message)
 
 
 @dataclass(kw_only=True)
@@ -119,8 +142,13 @@ class LanguageModel(LoadedModel):
         """Builds a drafter for this model; see `specjax.drafters.registry`."""
         return registry.build(spec, self)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt.
+    def encode(
+        self,
+        prompt: Prompt,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of a prompt; the flags are those of `Options`.
 
         Raises:
             ConfigError: the prompt has no known form, or needs a tokenizer or chat template that is missing.
@@ -128,9 +156,9 @@ class LanguageModel(LoadedModel):
         """
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
-        if not isinstance(prompt, dict):
+        if not isinstance(prompt, Mapping):
             prompt = {"input_ids": prompt}
-        ids = self._encode_row(prompt)
+        ids = self._encode_row(prompt, add_generation_prompt, continue_final_message)
         if not ids:
             raise CapacityError("the prompt is empty; at least one token is needed")
         wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
@@ -140,28 +168,34 @@ class LanguageModel(LoadedModel):
             )
         return ids
 
-    def _encode_row(self, row: dict[str, Any]) -> list[int]:
-        if "input_ids" in row:
-            return [int(i) for i in row["input_ids"]]
-        if not {"messages", "text", "prompt"} & row.keys():
+    def _encode_row(self, row: Mapping[str, Any], *flags) -> list[int]:
+        name = next((n for n in PROMPT_FIELDS if row.get(n) is not None), None)
+        if name is None:
             raise ConfigError(
-                f"prompt with fields {sorted(row)}: one of input_ids, messages, text, prompt is needed"
+                f"prompt with fields {sorted(map(str, row))}: one of {', '.join(PROMPT_FIELDS)} is needed"
             )
+        value = row[name]
+        if name == "input_ids":
+            return _token_ids(value)
         if self.tokenizer is None:
             raise ConfigError(
                 f"model {self.name!r} has no tokenizer files; pass input_ids, or add tokenizer.json"
             )
-        if "messages" in row:
-            return self.tokenizer.apply_chat_template(row["messages"])
-        if "text" in row:
-            return self.tokenizer.encode(row["text"]) if row["text"] else []
-        if not row["prompt"].strip():
+        if name == "messages":
+            return self.tokenizer.apply_chat_template(value, *flags)
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: expected a string, found {type(value).__name__}")
+        if name == "text":
+            return self.tokenizer.encode(value) if value else []
+        if not value.strip():
             return []
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
+        message = {"role": "user", "content": value}
+        return self.tokenizer.apply_chat_template([message], *flags)
 
     def decode(self, ids: Sequence[int]) -> str | None:
-        """Text of token ids without special tokens; None without a tokenizer."""
-        return None if self.tokenizer is None else self.tokenizer.decode(list(ids))
+        """Text of token ids without special tokens; None without a tokenizer that can be read."""
+        known = tokenizer.usable(self.tokenizer)
+        return None if known is None else known.decode(list(ids))
 
     def generate(
         self,
@@ -199,18 +233,29 @@ class LanguageModel(LoadedModel):
             request_ids: number of each request's random stream; default: its index.
         """
         options = Options(**options)
-        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        encoded = [self._encode(prompt, options) for prompt in _as_list(prompts)]
+        numbers = range(len(encoded)) if request_ids is None else list(request_ids)
+        index_of = {number: index for index, number in enumerate(numbers)}
+        if len(index_of) != len(encoded) or not all(0 <= n < 2**32 for n in numbers):
+            raise ConfigError(
+                f"request_ids={request_ids!r}: {len(encoded)} different numbers below 2**32 are needed"
+            )
         requests = [
-            self._request(ids_, index if request_ids is None else request_ids[index], options)
-            for index, ids_ in enumerate(encoded)
+            self._request(ids_, number, options)
+            for ids_, number in zip(encoded, numbers, strict=True)
         ]
-        index_of = {request.request_id: index for index, request in enumerate(requests)}
-        stops = self._stop_strings(options)
+        transcripts = {r.request_id: self._transcript(r, options) for r in requests}
         engine = self._engine(drafter, options)
-        for event in engine.run(requests, options.batch_size, should_stop=stops):
+
+        def should_stop(request: Request, tokens: list[int]) -> int | None:
+            return transcripts[request.request_id].read(tokens)
+
+        watch = should_stop if options.stop else None
+        for event in engine.run(requests, options.batch_size, should_stop=watch):
             index = index_of[event.request.request_id]
-            name = index if ids is None else ids[index]
-            yield index, self._result(name, event, stops)
+            transcript = transcripts.pop(event.request.request_id)
+            text = None if transcript is None else transcript.finish(event.output_ids)
+            yield index, self._result(index if ids is None else ids[index], event, text)
 
     def stream(
         self, prompt: Prompt, drafter: registry.Spec = "none", **options
@@ -220,27 +265,34 @@ class LanguageModel(LoadedModel):
         Text that may turn out to be the beginning of a stop string is held back.
         """
         options = Options(**options)
-        request = self._request(self.encode(prompt), 0, options)
-        stops = self._stop_strings(options)
+        request = self._request(self._encode(prompt, options), 0, options)
         engine = self._engine(drafter, options)
-        sent = ""
-        for event in engine.run([request], steps_per_look=STREAM_STEPS, should_stop=stops):
-            finished = isinstance(event, Completion)
-            text = self.decode(event.output_ids) or ""
-            text = text if stops is None else stops.cut(text)
-            safe = text if finished else _stable(text, options.stop)
-            # Detokenization may revise its last characters; what was sent stays.
-            new = safe[len(sent) :] if safe.startswith(sent) else ""
-            sent += new
-            if finished:
-                yield StreamEvent(text=new, result=self._result(0, event, stops))
-            elif new:
-                yield StreamEvent(text=new)
+        transcript = self._transcript(request, options)
+        watch = (lambda _, tokens: transcript.read(tokens)) if options.stop else None
+        text = ""
+        for event in engine.run([request], steps_per_look=STREAM_STEPS, should_stop=watch):
+            if transcript is None:
+                piece = ""
+            elif isinstance(event, Completion):
+                piece = transcript.finish(event.output_ids)
+            else:
+                transcript.read(event.output_ids)
+                piece = transcript.piece()
+            text += piece
+            if isinstance(event, Completion):
+                whole = None if transcript is None else text
+                yield StreamEvent(text=piece, result=self._result(0, event, whole))
+            elif piece:
+                yield StreamEvent(text=piece)
+
+    def _encode(self, prompt: Prompt, options: Options) -> list[int]:
+        return self.encode(prompt, options.add_generation_prompt, options.continue_final_message)
 
     def _request(self, ids: list[int], request_id: int, options: Options) -> Request:
         """A request whose limit respects max_length."""
         positions = self.config.max_position_embeddings
-        max_length = min(options.max_length or positions, positions)
+        max_length = positions if options.max_length is None else options.max_length
+        max_length = min(max_length, positions)
         room = max_length - len(ids)
         if room < 1:
             raise CapacityError(
@@ -252,40 +304,53 @@ class LanguageModel(LoadedModel):
             request_id=request_id, input_ids=ids, max_new_tokens=min(options.max_new_tokens, room)
         )
 
-    def _stop_strings(self, options: Options) -> StopStrings | None:
-        if not options.stop:
-            return None
-        if self.tokenizer is None:
+    def _transcript(self, request: Request, options: Options) -> Transcript | None:
+        """What turns a request's tokens into text; None without a tokenizer that can be read.
+
+        Raises:
+            ConfigError, CheckpointError: stop strings need a tokenizer.
+        """
+        known = tokenizer.usable(self.tokenizer)
+        if known is not None:
+            return Transcript(known, request.input_ids, options.stop)
+        if options.stop and self.tokenizer is None:
             raise ConfigError(
                 f"stop={list(options.stop)!r} needs a tokenizer; {self.name!r} has none"
             )
-        return StopStrings(options.stop, self.decode)
+        if options.stop:
+            raise self.tokenizer.error
+        if self.tokenizer is not None:
+            self.tokenizer.warn()
+        return None
 
     def _engine(self, drafter: registry.Spec, options: Options) -> Engine:
         sampling = sample.sampling(options.temperature, options.top_k, options.top_p)
         acceptor = verify.acceptor(options.acceptance, sampling.greedy)
+        own = () if options.ignore_eos else self.stop_ids
+        chosen = special_ids.chosen(
+            "stop_token_ids", options.stop_token_ids, self.config.vocab_size
+        )
         return engines.Engine(
             self.module,
             self.drafter(drafter),
             acceptor,
             replace(sampling, with_q=acceptor.reads_q),
-            stop_ids=() if options.ignore_eos else self.config.eos_token_ids,
+            stop_ids=tuple(dict.fromkeys((*own, *chosen))),
             seed=options.seed,
             programs=self.programs,
             trace=options.trace,
         )
 
-    def _result(self, name, done: Completion, stops: StopStrings | None) -> GenerationResult:
-        text = self.decode(done.output_ids)
+    def _result(self, name, done: Completion, text: str | None) -> GenerationResult:
         metrics = done.metrics
-        if metrics.trace is not None and self.tokenizer is not None:
-            pieces = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False)
-            metrics = replace(metrics, trace=tracing.with_text(metrics.trace, pieces))
+        known = tokenizer.usable(self.tokenizer)
+        if metrics.trace is not None and known is not None:
+            metrics = replace(metrics, trace=tracing.with_text(metrics.trace, known.piece))
         return GenerationResult(
             id=name,
             input_ids=list(done.request.input_ids),
             output_ids=done.output_ids,
-            text=text if stops is None or text is None else stops.cut(text),
+            text=text,
             finish_reason="stop" if done.stopped else "length",
             metrics=metrics,
         )
@@ -306,19 +371,23 @@ def load(path_or_name: str | Path, **options) -> LanguageModel:
 
 def _as_list(prompts) -> list:
     """A list of prompts; a list of ints is one prompt."""
-    if isinstance(prompts, str | dict):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], int) else prompts
+    return [prompts] if prompts and isinstance(prompts[0], Integral) else prompts
 
 
-def _stable(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that will not change: no half character, no possible start of a stop string."""
-    text = text.rstrip("\ufffd")
-    held = 0
-    for string in stop:
-        for size in range(min(len(string) - 1, len(text)), 0, -1):
-            if text.endswith(string[:size]):
-                held = max(held, size)
-                break
-    return text[: len(text) - held]
+def _token_ids(value: Any) -> list[int]:
+    """Token ids of any integer type.
+
+    Raises:
+        ConfigError: something else; what was found is named.
+    """
+    if isinstance(value, str | bytes | Mapping):
+        raise ConfigError(f"input_ids: expected a list of token ids, found {type(value).__name__}")
+    try:
+        return [sample.whole(f"input_ids[{i}]", token) for i, token in enumerate(value)]
+    except TypeError:
+        raise ConfigError(
+            f"input_ids: expected a list of token ids, found {type(value).__name__}"
+        ) from None

@@ -22,7 +22,7 @@ from specjax.quant import view
 from specjax.quantize import quantize as quantizing
 from specjax.quantize import recipe as recipes
 from specjax.quantize import rotate
-from specjax.text import tokenizer
+from specjax.text import special_ids, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ class LoadedModel:
         name: where it came from.
         config: architecture.
         module: the network in its run-time form.
-        tokenizer: `specjax.tokenizer.Tokenizer`, or None (then prompts are token ids).
+        tokenizer: `specjax.tokenizer.Tokenizer`, or None (then prompts are token ids), or, where it cannot be built,
+            `Unreadable`, which raises the reason.
         default_head: directory of the draft head that ships for this model, if one does.
     """
 
@@ -90,6 +91,21 @@ class LoadedModel:
     def dtype_name(self) -> str:
         """Compute dtype, e.g. "float32"."""
         return str(self.module.dtype)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a generation; see `specjax.text.special_ids`."""
+        known = tokenizer.usable(self.tokenizer)
+        by_tokenizer = () if known is None else known.end_ids
+        return special_ids.stop_ids(self.config.eos_token_ids, by_tokenizer, self.config.vocab_size)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that starts a text, by the configuration, else by the tokenizer."""
+        known = tokenizer.usable(self.tokenizer)
+        if self.config.bos_token_id is not None or known is None:
+            return self.config.bos_token_id
+        return known.bos_token_id
 
 
 def load_model(path_or_name: str | Path, options: LoadOptions) -> LoadedModel:
@@ -112,7 +128,7 @@ def load_model(path_or_name: str | Path, options: LoadOptions) -> LoadedModel:
         name=str(path_or_name),
         config=module.config,
         module=rotate.attach_from(module, path),
-        tokenizer=tokenizer.load(path, checkpoint, options.chat_template),
+        tokenizer=tokenizer.load_or_defer(path, checkpoint, options.chat_template),
         default_head=hub.shipped_head(str(path_or_name)),
     )
 

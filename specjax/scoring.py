@@ -77,7 +77,8 @@ def logits(
         for begin in range(0, length, chunk):
             piece = jnp.asarray(rows[b : b + 1, begin : begin + chunk])
             values, cache = _chunk_logits(
-                model.module, piece, jnp.full((1,), begin, jnp.int32), cache
+                *(model.module, piece, jnp.full((1,), begin, jnp.int32)),
+                *(jnp.full((1,), length, jnp.int32), cache),
             )
             end = min(begin + chunk, length)
             out[b, begin:end] = np.asarray(values[0, : end - begin])
@@ -113,7 +114,7 @@ def perplexity(
     inputs, targets = _windows(ids, width, bos)
     losses = np.concatenate(
         [
-            np.asarray(_scores(model.module, jnp.asarray(x), jnp.asarray(np.maximum(y, 0)))[0])
+            np.asarray(_scores(model.module, jnp.asarray(x), jnp.asarray(y))[0])
             for x, y in _groups(inputs, targets)
         ]
     )[: len(inputs)]
@@ -157,9 +158,7 @@ def likelihoods(
             text = [*context, *continuation]
             inputs[row, : len(text) - 1] = text[:-1]
             targets[row, len(context) - 1 : len(text) - 1] = continuation
-        losses, greedy = _scores(
-            model.module, jnp.asarray(inputs), jnp.asarray(np.maximum(targets, 0))
-        )
+        losses, greedy = _scores(model.module, jnp.asarray(inputs), jnp.asarray(targets))
         scored = targets >= 0
         sums = np.sum(np.asarray(losses, np.float64), axis=1, where=scored)
         all_greedy = np.all(np.asarray(greedy) | ~scored, axis=1)
@@ -209,9 +208,13 @@ def _check_vocabulary(model: LanguageModel, ids: np.ndarray) -> None:
 
 
 def _chunk_logits_traced(
-    module: Llama, tokens: Int[Array, "B T"], start: Int[Array, "B"], cache: kv.KVCache
+    module: Llama,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    length: Int[Array, "B"],
+    cache: kv.KVCache,
 ):
-    out = module(layers.causal_block(tokens, start), cache)
+    out = module(layers.causal_block(tokens, start, length), cache)
     return module.logits(out.hidden), out.cache
 
 
@@ -222,10 +225,15 @@ _chunk_logits = jax.jit(_chunk_logits_traced, donate_argnames="cache")
 def _scores(
     module: Llama, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Negative log-likelihood of the targets and whether they are the first choice; logits of one row at a time."""
+    """Negative log-likelihood of the targets and whether they are the first choice; logits of one row at a time.
+
+    Targets of -1 stand for nothing; the texts end with their last target.
+    """
     batch, length = inputs.shape
     cache = kv.init(module.config, batch, length, module.dtype)
-    block = layers.causal_block(inputs, jnp.zeros((batch,), jnp.int32))
+    ends = jnp.max(jnp.where(targets >= 0, jnp.arange(1, length + 1, dtype=jnp.int32), 0), axis=1)
+    block = layers.causal_block(inputs, jnp.zeros((batch,), jnp.int32), ends)
+    targets = jnp.maximum(targets, 0)
     hidden = module(block, cache).hidden
 
     def of_window(pair):

@@ -8,8 +8,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 COPIED = REPOSITORY / "tests" / "fixtures"
 SHARED = REPOSITORY.parent / "shared"
 
-FIXTURES = SHARED / "fixtures" if (SHARED / "fixtures").is_dir() else COPIED
-GOLDENS = FIXTURES / "goldens"
 DATA = SHARED / "data"
 
 _ROOTS = (COPIED, SHARED / "fixtures", SHARED)
@@ -37,13 +35,23 @@ def require(relative: str | Path) -> Path:
 
 
 def fixture(name: str) -> Path:
-    """The folder of a fixture checkpoint, e.g. "tiny-fp16"."""
-    return require(Path("checkpoints", name))
+    """The folder of a fixture checkpoint, e.g. "tiny-fp16"; made whole where it is kept as a difference."""
+    from tests import derived
+
+    return derived.whole(require(Path("checkpoints", name)), REPOSITORY / ".cache" / "fixtures")
 
 
 def golden(name: str) -> Path:
     """A golden file with its suffix, e.g. "tiny-fp16.safetensors" or "smollm2_hf_fp32.jsonl"."""
     return require(Path("goldens", name))
+
+
+def full_golden(name: str) -> Path:
+    """A golden as it was made, for slow tests that read what the copy in tests/fixtures leaves out."""
+    path = SHARED / "fixtures" / "goldens" / name
+    if not path.is_file():
+        pytest.skip(f"{name} is here in part only; the whole lies in the shared folder")
+    return path
 
 
 def smollm2() -> Path:

@@ -1,9 +1,8 @@
-"""The figures of `experiments.report`, with matplotlib, which is imported when a figure is drawn."""
+"""Figures of runs that are compared, with matplotlib, which is imported when a figure is drawn."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from specjax.errors import ConfigError
 
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's palette: told apart with any kind of colour vision.
-_COLOURS = ("#7f7f7f", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+COLOURS = ("#7f7f7f", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 
 
 def require() -> None:
@@ -27,7 +26,7 @@ def require() -> None:
     matplotlib.use("Agg")
 
 
-def _new(width: float, height: float = 3.4):
+def new_axes(width: float, height: float = 3.4):
     """A figure with one pair of axes in the style of all."""
     figure, [axes] = _panels(1, width, height)
     return figure, axes
@@ -61,8 +60,8 @@ def save(figure, folder: Path, name: str, formats: Sequence[str]) -> list[str]:
     return files
 
 
-def _colours(labels: Sequence[str]) -> dict[str, str]:
-    return {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate(labels)}
+def colour_of(labels: Sequence[str]) -> dict[str, str]:
+    return {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(labels)}
 
 
 def _grouped_bars(
@@ -86,7 +85,7 @@ def _grouped_bars(
     axes.margins(y=0.14)
 
 
-def _legend(axes, columns: int = 4) -> None:
+def legend(axes, columns: int = 4) -> None:
     """A legend above the axes, where it hides nothing."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
@@ -117,11 +116,11 @@ def speedups(comparison: Comparison):
         return f"{height:.2f}" if gain is None else f"{height:.2f}\n↑{gain:.2f}"
 
     series = {d: [value.get((w, d)) for w in weights] for d in drafters}
-    figure, axes = _new(max(4.2, 1.2 + 0.5 * len(weights) * (len(drafters) + 0.6)))
-    _grouped_bars(axes, weights, series, text, _colours(drafters))
+    figure, axes = new_axes(max(4.2, 1.2 + 0.5 * len(weights) * (len(drafters) + 0.6)))
+    _grouped_bars(axes, weights, series, text, colour_of(drafters))
     axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
     axes.set_ylabel(f"speed-up over {base.weights}, {base.drafter}", fontsize=8)
-    _legend(axes, 3)
+    legend(axes, 3)
     return figure
 
 
@@ -138,7 +137,7 @@ def categories(comparison: Comparison):
     if comparison.baseline is None or len(names) < 2 or len(comparison.runs) < 2:
         return None
     weights, drafters = _names(comparison.runs)
-    colours = _colours(drafters)
+    colours = colour_of(drafters)
     width = max(5.0, 1.0 + (0.28 * len(drafters) + 0.3) * (len(names) + 1))
     figure, panels = _panels(len(weights), width, 2.1)
     for axes, wanted in zip(panels, weights, strict=True):
@@ -152,7 +151,7 @@ def categories(comparison: Comparison):
         axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
         axes.set_ylabel(f"speed-up,\n{wanted}", fontsize=8)
     panels[-1].tick_params("x", rotation=25)
-    _legend(panels[0], 3)
+    legend(panels[0], 3)
     return figure
 
 
@@ -175,14 +174,16 @@ def acceptance(comparison: Comparison):
                 series[run.weights] = [100 * count[n] / total for n in range(1, deepest + 1)]
                 means[run.weights] = answers.mean_accepted(run.answered)
         whole = lambda label, group, height: f"{height:.0f}" if height >= 0.5 else ""
-        _grouped_bars(axes, list(map(str, range(1, deepest + 1))), series, whole, _colours(weights))
+        _grouped_bars(
+            axes, list(map(str, range(1, deepest + 1))), series, whole, colour_of(weights)
+        )
         axes.set_ylabel("steps, %")
         known = [f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None]
         text = f"{wanted}\nmean: {', '.join(known)}"
         axes.text(0.99, 0.95, text, transform=axes.transAxes, ha="right", va="top", fontsize=7)
     panels[-1].set_xlabel("tokens per step, bonus included")
     if len(weights) > 1:
-        _legend(panels[0], 4)
+        legend(panels[0], 4)
     return figure
 
 
@@ -195,9 +196,9 @@ def quality(comparison: Comparison):
     if not scored:
         return None
     weights, drafters = _names([run for run, _ in scored])
-    colours = _colours(weights)
+    colours = colour_of(weights)
     markers = {name: "osD^vPX*"[index % 8] for index, name in enumerate(drafters)}
-    figure, axes = _new(6.4, 3.4)
+    figure, axes = new_axes(6.4, 3.4)
     for run, (right, count) in scored:
         share = right / count
         axes.errorbar(
@@ -222,70 +223,4 @@ def quality(comparison: Comparison):
     axes.set_ylabel("correct, % (± one standard error)", fontsize=8)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    return figure
-
-
-def verify_times(found: Sequence[dict[str, Any]]):
-    """T_verify(n) / T_verify(1). None without data."""
-    curves = [row for row in found if 1 in row["num_nodes"]]
-    if not curves:
-        return None
-    figure, axes = _new(4.8)
-    colours = _colours([row["label"] for row in curves])
-    for row in curves:
-        times = np.asarray(row["verify_ms"])
-        one = times[row["num_nodes"].index(1)]
-        label, colour = row["label"], colours[row["label"]]
-        axes.plot(row["num_nodes"], times / one, marker="o", label=label, color=colour)
-    ticks = sorted({size for row in curves for size in row["num_nodes"]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(size) for size in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("nodes n")
-    axes.set_ylabel("T(n) / T(1)")
-    _legend(axes, 2)
-    return figure
-
-
-def time_split(found: Sequence[dict[str, Any]]):
-    """Parts of a step's time, as stacked bars. None without data."""
-    if not found:
-        return None
-    figure, axes = _new(6.0, 0.9 + 0.42 * len(found))
-    left = np.zeros(len(found))
-    parts = {"draft": "propose_ms", "verify": "verify_ms", "other": "other_ms"}
-    for (label, name), colour in zip(parts.items(), ("#E69F00", "#0072B2", "#bbbbbb"), strict=True):
-        widths = np.asarray([max(row[name], 0.0) for row in found])
-        axes.barh(range(len(found)), widths, left=left, label=label, color=colour, height=0.62)
-        left += widths
-    axes.set_yticks(range(len(found)), [row["label"] for row in found], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color="0.9", linewidth=0.8)
-    axes.set_xlabel("ms per step")
-    _legend(axes, 3)
-    return figure
-
-
-def similarity(row: dict[str, Any]):
-    """Joint histograms of the probabilities of two schemes' first choices, where they agree and where not."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    same, other = (np.asarray(row[f"histogram_{name}"], float) for name in ("same", "other"))
-    norm = LogNorm(vmin=1, vmax=max(same.max(), other.max(), 2))
-    for axes, counts, name in zip(
-        panels, (same, other), ("same token", "another token"), strict=True
-    ):
-        shown = np.ma.masked_equal(counts.T, 0)
-        image = axes.imshow(shown, origin="lower", extent=(0, 1, 0, 1), norm=norm, cmap="viridis")
-        axes.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, linestyle="--")
-        share = counts.sum() / row["num_positions"]
-        axes.set_title(f"{name}: {share:.1%} of {row['num_positions']}", fontsize=9)
-        axes.set_xlabel(f"top probability, {row['reference']}")
-    panels[0].set_ylabel(f"top probability, {row['candidate']}")
-    figure.colorbar(image, ax=panels, label="positions", shrink=0.85)
     return figure

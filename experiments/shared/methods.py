@@ -1,12 +1,16 @@
-"""Every way of drafting that a model has."""
+"""Which drafters are compared: those that flags or a file name, or all that a model has."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 
 from specjax import checkpoints
-from specjax.errors import CheckpointError
+from specjax.drafters import registry
+from specjax.errors import CheckpointError, ConfigError
 from specjax.files import base as file_base
 from specjax.files import hub, source
 from specjax.quant import view
@@ -14,6 +18,39 @@ from specjax.quant.linear import QuantizedLinear
 
 # Cheaper activations over the same codes, by bits of the weights.
 _CHEAPER = {4: ("w4a8", "w4a4"), 8: ("w8a8",)}
+
+
+def chosen(values: flags.FlagValues) -> list[dict[str, Any]]:
+    """The specs of --drafters or --drafters_file, `none` first, without repetitions.
+
+    Raises:
+        ConfigError: neither or both flags, a malformed file, or a spec that is none.
+    """
+    if (values.drafters is None) == (values.drafters_file is None):
+        raise ConfigError("give either --drafters=NAME,NAME or --drafters_file=FILE")
+    if values.draft_checkpoints and values.drafters != ["all"]:
+        raise ConfigError("--draft_checkpoints are for --drafters=all")
+    if values.drafters == ["all"]:
+        if values.model is None:
+            raise ConfigError("--drafters=all needs --model")
+        specs = available(values.model, values.draft_checkpoints, values.dequantize)
+    elif values.drafters is not None:
+        specs = [registry.parse(name) for name in values.drafters]
+    else:
+        try:
+            specs = json.loads(Path(values.drafters_file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{values.drafters_file}: not valid JSON: {error}") from None
+        if not isinstance(specs, list):
+            raise ConfigError(f"{values.drafters_file}: expected a list of drafter specs")
+        specs = [registry.parse(spec) if isinstance(spec, str) else spec for spec in specs]
+        for spec in specs:
+            registry.check(spec)
+    unique = []
+    for spec in [{"kind": "none"}, *specs]:
+        if spec not in unique:
+            unique.append(spec)
+    return unique
 
 
 def available(

@@ -12,7 +12,7 @@ from absl import flags
 from tqdm import tqdm
 
 import specjax
-from experiments.shared import records
+from experiments.shared import prompt_files, records
 
 _MAX_PROMPT_TOKENS = 128
 
@@ -43,7 +43,7 @@ def answers(
     values: flags.FlagValues, model: specjax.LanguageModel, asked: Path, work: Path
 ) -> Path:
     """The target's answers to the prompts."""
-    rows = [row["row"] | {"id": row["id"]} for row in records.read_prompts(asked)]
+    rows = [row["row"] | {"id": row["id"]} for row in prompt_files.read_prompts(asked)]
     path = work / "answers.jsonl"
     options = {"max_new_tokens": values.max_new_tokens, "temperature": values.temperature}
     to_row = lambda answer: {

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.shared import common
+from experiments.shared import flag_groups, flags_drafter
 from specjax.errors import ConfigError
 
 _FOLDER = Path(__file__).parents[1] / "presets"
@@ -21,12 +21,13 @@ _FILES = ("specmquant.json", "qspec.json", "smollm2.json", "spadec.json")
 
 def define_flags(values: flags.FlagValues) -> None:
     """--preset."""
-    flags.DEFINE_string(
-        "preset",
-        None,
-        "Named configuration; flags given beside it win. --preset=list prints the names.",
-        flag_values=values,
-    )
+    with flag_groups.heading(values, "Preset"):
+        flags.DEFINE_string(
+            "preset",
+            None,
+            "Named configuration; flags given beside it win. --preset=list prints the names.",
+            flag_values=values,
+        )
 
 
 def apply(values: flags.FlagValues, needs_model: bool = True) -> None:
@@ -44,7 +45,7 @@ def apply(values: flags.FlagValues, needs_model: bool = True) -> None:
         settings = lookup(values.preset)
         other_drafter = "drafter" in values and values["drafter"].present
         for name, value in settings.items():
-            if name in values and not (other_drafter and name in common.DRAFTER_FLAGS):
+            if name in values and not (other_drafter and name in flags_drafter.DRAFTER_FLAGS):
                 values.set_default(name, json.dumps(value) if isinstance(value, dict) else value)
     if needs_model and values.model is None:
         raise ConfigError(

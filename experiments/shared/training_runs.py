@@ -10,12 +10,9 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from experiments.shared import environment, records
+from experiments.shared import environment, flag_groups, records
 from specjax.config import DTYPES
 from specjax.errors import ConfigError
-
-# So that `--help` of a binary lists the flags defined here as its own.
-flags.disclaim_key_flags()
 
 # Flags of `define_text_flags` that decide what is trained on.
 TEXT_RECIPE = ("text_file", "prompts_file", "max_length", "max_documents", "loss_on", "held_out")
@@ -25,20 +22,27 @@ def define_text_flags(values: flags.FlagValues) -> None:
     """Which text, and which of its tokens count."""
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-    flags.DEFINE_multi_string(
-        *("text_file", [], "Text to train on (.jsonl, .json, .txt); may be repeated."),
-        flag_values=values,
-    )
-    string("prompts_file", None, "Prompts that the target answers first (as experiments.generate).")
-    integer("max_new_tokens", 512, "Longest answer to a prompt.", lower_bound=8)
-    flags.DEFINE_float("temperature", 0.7, "Of the answers.", lower_bound=0.0, flag_values=values)
-    integer("batch_size", 8, "Prompts that are answered together.", lower_bound=1)
-    integer("max_length", 1024, "Longer documents are cut.", lower_bound=8)
-    flags.DEFINE_enum(
-        *("loss_on", "response", ("all", "response"), "Which tokens count."), flag_values=values
-    )
-    integer("max_documents", None, "Take so many documents, chosen by the seed.", lower_bound=3)
-    integer("held_out", 32, "Documents set aside for evaluation.", lower_bound=1)
+    with flag_groups.heading(values, "Input"):
+        flags.DEFINE_multi_string(
+            *("text_file", [], "Text to train on (.jsonl, .json, .txt); may be repeated."),
+            flag_values=values,
+        )
+        string(
+            "prompts_file", None, "Prompts that the target answers first (as experiments.generate)."
+        )
+        integer("max_length", 1024, "Longer documents are cut.", lower_bound=8)
+        integer("max_documents", None, "Take so many documents, chosen by the seed.", lower_bound=3)
+        flags.DEFINE_enum(
+            *("loss_on", "response", ("all", "response"), "Which tokens count."), flag_values=values
+        )
+        integer("held_out", 32, "Documents set aside for evaluation.", lower_bound=1)
+    with flag_groups.heading(values, "Sampling"):
+        integer("max_new_tokens", 512, "Longest answer to a prompt.", lower_bound=8)
+        flags.DEFINE_float(
+            "temperature", 0.7, "Of the answers.", lower_bound=0.0, flag_values=values
+        )
+    with flag_groups.heading(values, "Execution"):
+        integer("batch_size", 8, "Prompts that are answered together.", lower_bound=1)
 
 
 def define_run_flags(values: flags.FlagValues, *, weight_decay: float, clip_norm: float) -> None:
@@ -46,24 +50,29 @@ def define_run_flags(values: flags.FlagValues, *, weight_decay: float, clip_norm
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
-    string("model", None, "The target: checkpoint folder, .gguf file, model name or hub id.")
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        DTYPES,
-        "Compute dtype; what is trained stays float32. Default: float32 on CPUs, else what the checkpoint states.",
-        flag_values=values,
-    )
-    string("output", None, "Folder for the result; replaced after each checkpoint.")
-    string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
-    flags.DEFINE_boolean("overwrite", False, "Replace --output of another run.", flag_values=values)
-    integer("seed", 0, "Of initial values, order and noise.")
-    integer("total_steps", 2000, "Optimizer steps.", lower_bound=1)
-    integer("tokens_per_batch", 4096, "Padding included.", lower_bound=128)
-    integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
-    integer("warmup_steps", 100, "Linear warm-up.", lower_bound=0)
-    number("weight_decay", weight_decay, "AdamW's.", lower_bound=0.0)
-    number("clip_norm", clip_norm, "Bound of the gradient's norm.", lower_bound=0.0)
+    with flag_groups.heading(values, "Model"):
+        string("model", None, "The target: checkpoint folder, .gguf file, model name or hub id.")
+        flags.DEFINE_enum(
+            "dtype",
+            None,
+            DTYPES,
+            "Compute dtype; what is trained stays float32. Default: float32 on CPUs, else what the checkpoint states.",
+            flag_values=values,
+        )
+    with flag_groups.heading(values, "Training"):
+        integer("total_steps", 2000, "Optimizer steps.", lower_bound=1)
+        integer("tokens_per_batch", 4096, "Padding included.", lower_bound=128)
+        integer("save_every", 200, "Steps between checkpoints.", lower_bound=1)
+        integer("warmup_steps", 100, "Linear warm-up.", lower_bound=0)
+        number("weight_decay", weight_decay, "AdamW's.", lower_bound=0.0)
+        number("clip_norm", clip_norm, "Bound of the gradient's norm.", lower_bound=0.0)
+        integer("seed", 0, "Of initial values, order and noise.")
+    with flag_groups.heading(values, "Output"):
+        string("output", None, "Folder for the result; replaced after each checkpoint.")
+        string("work_dir", None, "Folder for what resumes. Default: OUTPUT with '.work' behind.")
+        flags.DEFINE_boolean(
+            "overwrite", False, "Replace --output of another run.", flag_values=values
+        )
     flags.mark_flags_as_required(["model", "output"], flag_values=values)
 
 

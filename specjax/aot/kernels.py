@@ -1,7 +1,6 @@
 """The kernels of this package at the shapes of real models, compiled for a target: what each takes."""
 
 import functools
-import importlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,9 @@ from specjax.aot import resources, shapes
 from specjax.aot.compile import Compiler
 from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas.device import Gpu
+from specjax.pallas.matmul import specs as matmul_specs
 
-MATMULS = ("matmul_w4a16", "matmul_w4a8", "matmul_w8a16", "matmul_w8a8", "matmul_w4a4")
+MATMULS = matmul_specs.ops()
 TRITON = "matmul_w4a16_triton"
 OPS = (*MATMULS, TRITON, "tree_attention", "glue")
 _MODELS = ("llama3-8b", "llama3-70b", "smollm2-135m")
@@ -26,7 +26,7 @@ class Case:
     """One launch to compile.
 
     Attributes:
-        op: the op's folder.
+        op: the op.
         name: unique within the op.
         function: launches the kernel; takes `arguments` by keyword.
         arguments: their abstract values.
@@ -77,52 +77,49 @@ def _attention_cases(models, rows, arch, dtype) -> Iterator[Case]:
 
 
 def _matmul_cases(op, models, rows, target: Gpu, dtype) -> Iterator[Case]:
-    from specjax.pallas.mosaic import matmul, tiles
+    from specjax.pallas.matmul import mosaic, tiles
 
-    folder = f"specjax.pallas.{op}"
-    mosaic, specs = (importlib.import_module(f"{folder}.{part}") for part in ("mosaic", "specs"))
-    for name, spec in specs.SPECS.items():
+    for name, spec in matmul_specs.of(op).items():
         if name.partition("/")[0] not in models:
             continue
         form, bits = spec.weight().form, spec.operand_bits
         for count in rows:
-            tile = matmul.m_tile(count, bits, target.arch)
+            tile = mosaic.m_tile(count, bits, target.arch)
             config = tiles.lookup(op, form, tile, bits, target)
             extra = {}
-            if bits == 8 and spec.minima:
+            if bits == 8 and spec.variant.minima:
                 extra["x_sums"] = jnp.zeros((count, form.in_features // form.group_size))
             yield Case(
                 op=op,
                 name=f"{name}/{count} rows" + (f"/{dtype}" if bits == 16 else ""),
-                function=_positional(functools.partial(mosaic.matmul, arch=target.arch, **extra)),
-                arguments={"arguments": tuple(spec.arguments(count, jnp.dtype(dtype)))},
-                weights_per_thread=matmul.weights_per_thread(config),
+                function=functools.partial(mosaic.matmul, arch=target.arch, **extra),
+                arguments=spec.arguments(count, jnp.dtype(dtype)),
+                weights_per_thread=mosaic.weights_per_thread(config),
             )
 
 
 def _triton_cases(models, rows, target: Gpu, dtype) -> Iterator[Case]:
-    from specjax.pallas.matmul_w4a16 import specs, triton
+    from specjax.pallas.matmul import triton
 
-    for name, spec in specs.SPECS.items():
+    for name, spec in matmul_specs.of(TRITON.removesuffix("_triton")).items():
         # Zeros and minima are not the kernel's business, nor are rows within a tile: it would be the same kernel.
-        if name.partition("/")[0] not in models or spec.zeros or spec.minima:
+        if name.partition("/")[0] not in models or spec.variant.zeros or spec.variant.minima:
             continue
         for count in sorted({triton.row_tile(count) for count in rows}):
             yield Case(
                 op=TRITON,
                 name=f"{name}/{count} rows/{dtype}",
-                function=_positional(functools.partial(triton.matmul, arch=target.arch)),
-                arguments={"arguments": tuple(spec.arguments(count, jnp.dtype(dtype)))},
+                function=functools.partial(triton.matmul, arch=target.arch),
+                arguments=spec.arguments(count, jnp.dtype(dtype)),
             )
 
 
 def _glue_cases(models, rows, dtype) -> Iterator[Case]:
     from specjax.pallas.glue import kernels
-    from specjax.pallas.mosaic.specs import MODELS
     from specjax.pallas.tree_attention import specs
 
     for model in models:
-        spec, hidden = specs.SPECS[model], MODELS[model]["qkv"][1]
+        spec, hidden = specs.SPECS[model], matmul_specs.MODELS[model]["qkv"][1]
         if hidden % 1024 or spec.head_dim % 128:
             continue  # XLA's own kernels run there
         sizes = dict(hidden=hidden, layers=shapes.lookup(model).num_layers)

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,14 @@ from jaxtyping import Array, Shaped
 
 from specjax.checkpoints import compressed_tensors, gptq, native, qqq, qserve
 from specjax.config import DTYPES, ModelConfig
+from specjax.config.architectures import FUSED, Layout
 from specjax.depth import checkpoint as routers
 from specjax.errors import CheckpointError
 from specjax.files import manifest, orbax_store, writer
+from specjax.models.layers import LayerNorm, Norm
 from specjax.models.llama import Llama
 from specjax.quant import rotation as rotations
+from specjax.quant import view
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
@@ -115,7 +118,8 @@ def export(
         CheckpointError: the format is unknown or cannot hold the model; or `path` is taken.
         FileNotFoundError: one of `extra_files` does not exist.
     """
-    online, items = _is_rotated_online(module), list(parameters(module))
+    names = config.declaration.layout
+    online, items = _is_rotated_online(module), list(_in_files(parameters(module), names))
     linears = {name: item for name, item in items if isinstance(item, QuantizedLinear)}
     dense = tuple(name for name, item in items if isinstance(item, Linear))
     dtype = dtype or jnp.dtype(module.dtype).name
@@ -128,14 +132,15 @@ def export(
     if quantization is not None:
         fields["quantization_config"] = quantization
     routed = {} if module.depth is None else routers.tensors(module.depth.routers, config.depth)
+    routed = {names.stored(name): values for name, values in routed.items()}
     with writer.whole_folder(path, overwrite) as folder:
-        packed = (pair for name, item in items for pair in _pack(name, item, format, dtype))
+        packed = (pair for name, item in items for pair in _pack(name, item, format, dtype, names))
         packed = itertools.chain(packed, routed.items())
         if layout == "orbax":
             orbax_store.save(folder / orbax_store.FOLDER, dict(packed))
         else:
-            names = [*(name for name, _ in items), *routed]
-            space = writer.header_space(names, _TENSORS_PER_LINEAR)
+            written = [*(name for name, _ in items), *routed]
+            space = writer.header_space(written, _TENSORS_PER_LINEAR)
             writer.write_shards(folder, packed, shard_bytes=shard_bytes, header_bytes=space)
         for file in extra_files:
             shutil.copyfile(file, folder / file.name)
@@ -150,7 +155,7 @@ def export(
 def parameters(
     module: Llama,
 ) -> Iterator[tuple[str, Shaped[Array, "..."] | Linear | QuantizedLinear]]:
-    """Arrays by full name and linears by prefix, in the order of the forward pass.
+    """Arrays by full name and linears by prefix, in the order of the forward pass; names are the library's.
 
     Of a linear with an online rotation of its input, the linear itself.
 
@@ -158,24 +163,64 @@ def parameters(
         CheckpointError: the projections are fused.
     """
     yield "model.embed_tokens.weight", module.model.embed_tokens.weight[...]
+    if module.model.embed_positions is not None:
+        yield "model.embed_positions.weight", module.model.embed_positions.weight[...]
     for index, layer in enumerate(module.model.layers):
         prefix, attention, mlp = f"model.layers.{index}", layer.self_attn, layer.mlp
         if attention.qkv_proj is not None or mlp.gate_up_proj is not None:
             raise CheckpointError(
                 f"{prefix}: its projections are fused; export the model as loaded, before prepare"
             )
-        yield f"{prefix}.input_layernorm.weight", layer.input_layernorm.weight[...]
+        norms = {f"{prefix}.{name}": norm for name, norm in layer.norms().items()}
+        yield from _norm(f"{prefix}.input_layernorm", norms)
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
             yield f"{prefix}.self_attn.{leaf}", _stored(getattr(attention, leaf))
-        yield (
-            f"{prefix}.post_attention_layernorm.weight",
-            layer.post_attention_layernorm.weight[...],
-        )
+        for leaf in ("q_norm", "k_norm"):
+            yield from _norm(
+                f"{prefix}.self_attn.{leaf}",
+                {f"{prefix}.self_attn.{leaf}": getattr(attention, leaf)},
+            )
+        yield from _norm(f"{prefix}.attention_output_norm", norms)
+        yield from _norm(f"{prefix}.post_attention_layernorm", norms)
         for leaf in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{prefix}.mlp.{leaf}", _stored(getattr(mlp, leaf))
-    yield "model.norm.weight", module.model.norm.weight[...]
+            if getattr(mlp, leaf) is not None:
+                yield f"{prefix}.mlp.{leaf}", _stored(getattr(mlp, leaf))
+        yield from _norm(f"{prefix}.mlp_output_norm", norms)
+    yield from _norm("model.norm", {"model.norm": module.model.norm})
     if module.lm_head is not None:
         yield "lm_head", module.lm_head
+
+
+def _norm(name: str, norms: dict[str, Norm | None]) -> Iterator[tuple[str, Shaped[Array, "..."]]]:
+    """The arrays of one of the norms, if it is there."""
+    norm = norms.get(name)
+    if norm is not None:
+        yield f"{name}.weight", norm.weight[...]
+    if isinstance(norm, LayerNorm):
+        yield f"{name}.bias", norm.bias[...]
+
+
+def _in_files(items: Iterable[tuple[str, Any]], layout: Layout) -> Iterator[tuple[str, Any]]:
+    """Parameters under the names of the architecture's files; linears that these hold as one are fused.
+
+    Where codes cannot be fused (their permutations differ), the parts stay apart under the library's names.
+    """
+    waiting: list[tuple[str, Any]] = []
+    for name, item in items:
+        group = next((g for g in layout.fused if name.endswith(FUSED[g])), None)
+        if group is None:
+            yield layout.stored(name), item
+            continue
+        waiting.append((name, item))
+        if len(waiting) < len(FUSED[group]):
+            continue
+        whole = view.fuse([part for _, part in waiting])
+        if whole is None:
+            yield from ((layout.stored(part), linear) for part, linear in waiting)
+        else:
+            prefix = name[: -len(FUSED[group][-1])]
+            yield layout.stored(f"{prefix}{group}"), whole
+        waiting = []
 
 
 def _stored(linear):
@@ -241,7 +286,11 @@ def _check_extra_files(files: Sequence[Path]) -> None:
 
 
 def _pack(
-    name: str, item: Shaped[Array, "..."] | Linear | QuantizedLinear, format: str, dtype: str
+    name: str,
+    item: Shaped[Array, "..."] | Linear | QuantizedLinear,
+    format: str,
+    dtype: str,
+    layout: Layout,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """File names and host arrays of one parameter or linear."""
     if isinstance(item, QuantizedLinear) and format != DENSE:
@@ -249,7 +298,8 @@ def _pack(
     elif isinstance(item, (Linear, QuantizedLinear)):
         quantized = isinstance(item, QuantizedLinear)
         weight = item.dequantize(dtype) if quantized else item.weight[...]
-        yield f"{name}.weight", _host(weight, dtype)
+        turned = layout.transposed and name != "lm_head"
+        yield f"{name}.weight", np.ascontiguousarray(_host(weight.T if turned else weight, dtype))
         if item.bias is not None:
             yield f"{name}.bias", _host(item.bias if quantized else item.bias[...], dtype)
     else:

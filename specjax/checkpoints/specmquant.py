@@ -45,7 +45,8 @@ class SpecMQuantFormat:
             CheckpointError: the configuration has a setting that the conversion does not preserve; names the field.
         """
         parts = {n.rpartition(".")[2] for n in source.names() if ".qkv_proj." in n}
-        if not parts & {"qweight", "B"} or "s1_scales" in parts:
+        # Phi-3 has a fused projection by itself, and GPTQ and AWQ keep zeros or groups beside its codes.
+        if not parts & {"qweight", "B"} or parts & {"s1_scales", "qzeros", "g_idx"}:
             return None
         config = quantization_config or {}
         size = tensors.one_of(config.get("group_size"), (GROUP_SIZE, -1), "group_size")

@@ -15,7 +15,10 @@ _BITS = 32
 
 
 def kept(
-    logits: Float[Array, "... V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+    logits: Float[Array, "... V"],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    scaled: Float[Array, "... V"] | None = None,
 ) -> Bool[Array, "... V"]:
     """The tokens that top-k, then top-p keep; float32 logits.
 
@@ -25,7 +28,10 @@ def kept(
     Args:
         top_k: the vocabulary size or more keeps all.
         top_p: 1 keeps all.
+        scaled: logits whose softmax is the mass, in the same order (a temperature may make ties of some); default:
+            `logits`.
     """
+    scaled = logits if scaled is None else scaled
     keys = _ordered(logits)
     shape = (*keys.shape[:-1], 1)
 
@@ -38,7 +44,7 @@ def kept(
     lowest = lax.cond(top_k < keys.shape[-1], by_rank, everything)
 
     def by_mass() -> UInt32[Array, "... 1"]:
-        mass = jax.nn.softmax(jnp.where(keys >= lowest, logits, -jnp.inf), axis=-1)
+        mass = jax.nn.softmax(jnp.where(keys >= lowest, scaled, -jnp.inf), axis=-1)
 
         def reaches(threshold):
             above = jnp.where(keys >= threshold, mass, 0)

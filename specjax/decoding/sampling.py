@@ -4,11 +4,15 @@ The same filtered distribution is used to draft, to accept and to resample, whic
 respect to the *filtered* target.
 """
 
+import hashlib
 import math
+import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -16,6 +20,10 @@ from specjax.decoding import filters
 from specjax.errors import ConfigError
 
 _CHUNK = 512
+# Divisors whose reciprocal is a normal float32 as they are: what is smaller or larger gives the same distribution.
+_COLDEST = float(np.finfo(np.float32).tiny)
+_HOTTEST = 1 / _COLDEST
+_LARGEST_INT = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +52,14 @@ def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sa
     """Checks user values and builds a `Sampling`.
 
     Args:
-        temperature: 0 is greedy decoding.
-        top_k: 0 keeps the whole vocabulary.
+        temperature: 0 is greedy decoding; any positive number, however small, samples.
+        top_k: 0 keeps the whole vocabulary, and so does its size or more.
         top_p: 1.0 keeps the whole vocabulary.
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range or no number.
     """
+    temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
+    top_k = whole("top_k", top_k)
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"{temperature=}: must be 0 (greedy) or a positive number")
     if top_k < 0:
@@ -58,12 +68,36 @@ def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sa
         raise ConfigError(f"{top_p=}: must be in (0, 1]; 1 is off")
     greedy = temperature == 0
     return Sampling(
-        temperature=jnp.float32(temperature or 1.0),
-        top_k=jnp.int32(top_k or jnp.iinfo(jnp.int32).max),
-        top_p=jnp.float32(top_p),
+        temperature=jnp.float32(1.0 if greedy else min(max(temperature, _COLDEST), _HOTTEST)),
+        top_k=jnp.int32(min(top_k or _LARGEST_INT, _LARGEST_INT)),
+        # The most likely token reaches the smallest mass that float32 has, as it does any smaller one.
+        top_p=jnp.float32(max(top_p, _COLDEST)),
         greedy=greedy,
         filtered=not greedy and (top_k > 0 or top_p < 1),
     )
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number of any size.
+
+    Raises:
+        ConfigError: it is something else; the option is named.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name}={value!r}: must be a whole number")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, bool | str):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"{name}={value!r}: must be a number")
 
 
 def probabilities(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
@@ -71,10 +105,13 @@ def probabilities(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Ar
 
     A token that ties with the k-th best is kept too, as is one that ties with the last of the top-p set.
     """
-    scaled = logits.astype(jnp.float32) / sampling.temperature
+    # The largest logit becomes exactly 0 before it is divided: afterwards rounding, or infinity, would differ from it.
+    logits = logits.astype(jnp.float32)
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = logits / sampling.temperature
     if not sampling.filtered:
         return jax.nn.softmax(scaled, axis=-1)
-    inside = filters.kept(scaled, sampling.top_k, sampling.top_p)
+    inside = filters.kept(logits, sampling.top_k, sampling.top_p, scaled)
     return jax.nn.softmax(jnp.where(inside, scaled, -jnp.inf), axis=-1)
 
 
@@ -123,8 +160,17 @@ def log_top_k(
 def request_keys(seed: int, request_ids) -> UInt32[Array, "B 2"]:
     """Base key of each request; it depends on seed and request id only, never on slot or order."""
     ids = jnp.asarray(request_ids, jnp.uint32)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(ids)
+    base = jax.random.wrap_key_data(jnp.asarray(_words(seed)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(ids)
     return jax.random.key_data(keys)
+
+
+def _words(seed: int) -> UInt32[np.ndarray, "2"]:
+    """A seed's 64 bits, the upper half first; numbers outside 0 .. 2^64 - 1 by their digest, so that all differ."""
+    if not 0 <= seed < 2**64:
+        data = seed.to_bytes(seed.bit_length() // 8 + 1, "big", signed=True)
+        seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+    return np.asarray([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
 def fold(

@@ -18,11 +18,20 @@ _GPU_ROWS = 8
 
 
 def forward_chunk(
-    model: Llama, tokens: Int[Array, "B T"], start: Int[Array, "B"], cache: KVCache, needs
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    cache: KVCache,
+    needs,
+    length: Int[Array, "B"] | None = None,
 ) -> tuple[ForwardOutput, Float[Array, "B T A"] | None]:
-    """Runs consecutive tokens at positions start, start + 1, ...; returns the output and the features asked for."""
+    """Runs consecutive tokens at positions start, start + 1, ...; returns the output and the features asked for.
+
+    Args:
+        length: of the whole texts that the tokens are pieces of; see `Block.length`.
+    """
     capture = needs if isinstance(needs, tuple) else ()
-    out = model(layers.causal_block(tokens, start), cache, capture)
+    out = model(layers.causal_block(tokens, start, length), cache, capture)
     return out, _features(out, needs)
 
 

@@ -64,7 +64,7 @@ class Routed(nnx.Module):
     ) -> ForwardOutput:
         """A pass in which no layer is skipped as a whole: chunks of prompts, texts to be scored."""
         going = _Pass(self, model, block, cache)
-        x, captured = model.model.embed_tokens(block.tokens), {}
+        x, captured = model.embed(block.tokens, block.positions), {}
         for index in range(len(model.model.layers)):
             if index in capture:
                 captured[index] = x
@@ -91,7 +91,7 @@ class Routed(nnx.Module):
         going = _Pass(self, model, block, cache)
         live = jnp.ones(lengths.shape, bool) if live is None else live
         voters, kept = going.padded(trees.used(tree) & live[:, None]), None
-        x, captured = model.model.embed_tokens(block.tokens), {}
+        x, captured = model.embed(block.tokens, block.positions), {}
         for index in range(len(model.model.layers)):
             if self.predictor is not None and index == self.predictor.layer:
                 scores = self.predictor(x[:, : tree.num_nodes])
@@ -123,9 +123,8 @@ class _Pass:
         self._enter(block)
 
     def _enter(self, block: nn.Block) -> None:
-        config = self.model.config
         self.block = block
-        self.rope = nn.rope_tables(config.rope, config.head_dim, block.positions)
+        self.tables = nn.position_tables(self.model.config, block)
 
     def padded(self, rows):
         """Rows of nodes [B, N, ...], as many as the block has."""
@@ -137,9 +136,9 @@ class _Pass:
     ) -> Float[Array, "B T D"]:
         """The residual stream behind a layer, which runs if any of the voters runs through it (None: it runs)."""
         layer, start = self.model.model.layers[index], self.depth.config.start_layer
-        written = self.keys[index], self.values[index]
+        written, rope = (self.keys[index], self.values[index]), nn.tables_of(layer, self.tables)
         if index < start:
-            x, self.keys[index], self.values[index] = layer(x, self.block, self.rope, *written)
+            x, self.keys[index], self.values[index] = layer(x, self.block, rope, *written)
             self.ran.append(jnp.ones((), bool))
             return x
         executes = self.depth.routers[index - start].executes(x)
@@ -151,7 +150,7 @@ class _Pass:
         block = replace(self.block, valid=valid)
 
         def run(x, keys, values):
-            y, keys, values = layer(x, block, self.rope, keys, values)
+            y, keys, values = layer(x, block, rope, keys, values)
             return jnp.where(executes[..., None], y, x), keys, values
 
         if voters is None:

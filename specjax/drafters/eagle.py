@@ -6,19 +6,24 @@ enter the cache at the next `propose`.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax.checkpoints import heads
 from specjax.decoding import sampling as sample
 from specjax.decoding import tree as trees
-from specjax.drafters import base
+from specjax.drafters import base, draft_vocabulary
 from specjax.errors import ConfigError
+from specjax.files import hub
 from specjax.models import cache as kv
 from specjax.models import layers
 from specjax.models.eagle import EagleHead
+from specjax.quantize import heads as rotated
+from specjax.quantize import shrink
 
 # An outer engine may commit up to this many rows between two proposals besides a full path (see hierarchical.py).
 _EXTRA_ROWS = 2
@@ -212,3 +217,43 @@ def eagle(head: EagleHead, draft_depth: int = 6, topk: int = 10, num_nodes: int 
             "lower --num_nodes or raise --draft_depth or --draft_topk"
         )
     return Eagle(head=head, draft_depth=draft_depth, topk=topk, num_tree_nodes=num_nodes)
+
+
+def build(
+    target,
+    model: str | None = None,
+    draft_depth: int = 6,
+    topk: int = 10,
+    num_nodes: int = 60,
+    vocabulary: str | None = None,
+    vocabulary_size: int | None = None,
+    scheme: str | None = None,
+) -> Eagle:
+    """Loads the head `model` (None: the one that ships with the target), its vocabulary and scheme as asked for."""
+    path = model or target.default_head
+    if path is None:
+        raise ConfigError(
+            f"drafter 'eagle': no head ships for {target.name!r}; pass its directory "
+            "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
+        )
+    folder = hub.shipped_head(str(path)) or hub.resolve(str(path))
+    head = heads.load_eagle(folder, target.module, target.name)
+    rotated.check_pair(hub.resolve(target.name), folder)
+    if vocabulary is not None or vocabulary_size is not None:
+        ids = _draft_vocabulary(target, folder, vocabulary, vocabulary_size)
+        if topk > len(ids):
+            raise ConfigError(f"{topk=} exceeds the draft vocabulary of {len(ids)} tokens")
+        head = shrink.with_vocabulary(head, target.module, ids)
+    if scheme is not None:
+        head = shrink.quantized(head, target.module, scheme)
+    return eagle(head, draft_depth=draft_depth, topk=topk, num_nodes=num_nodes)
+
+
+def _draft_vocabulary(target, head: Path, path: str | None, size: int | None):
+    """Tokens to draft from a list, from the one beside the head, or from the tokenizer's merges; stop tokens too."""
+    beside = head / draft_vocabulary.FILE_NAME
+    if path is not None or beside.is_file():
+        ranking = draft_vocabulary.read(Path(path or beside), target)
+    else:
+        ranking = draft_vocabulary.from_merges(target)
+    return jnp.asarray(ranking.first(size, target.stop_ids))

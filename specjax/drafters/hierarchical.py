@@ -18,7 +18,7 @@ from specjax import verify
 from specjax.decoding import sampling as sample
 from specjax.decoding import target as passes
 from specjax.decoding import tree as trees
-from specjax.drafters import base
+from specjax.drafters import base, common_vocabulary, draft_model, options
 from specjax.drafters import chain as chains
 from specjax.models import cache as kv
 from specjax.models.llama import Llama
@@ -96,6 +96,12 @@ class Hierarchical:
     @property
     def scratch(self) -> int:
         return self.max_depth + max(self.inner.scratch, 2)
+
+    def fitted(self, vocab_size: int) -> "Hierarchical":
+        """The same over a target's vocabulary, whatever the padding of the models' own."""
+        inner = self.inner.fitted(vocab_size) if hasattr(self.inner, "fitted") else self.inner
+        model = common_vocabulary.fitted(self.model, vocab_size)
+        return replace(self, model=model, inner=inner)
 
     def init(self, target, batch, capacity):
         inner = self.inner.init(self.model, batch, capacity)
@@ -194,6 +200,9 @@ class Hierarchical:
             sample.fold(keys, 0),
             sampling,
         )
+        # Heads of a model with more padding than the target may name tokens that are none of its.
+        tokens = jnp.minimum(drafted.tree.tokens, self.model.config.vocab_size - 1)
+        drafted = replace(drafted, tree=replace(drafted.tree, tokens=tokens))
         short = chain.length < self.min_draft_depth
         logits, features, cache, tree = passes.forward_tree(
             self.model, drafted.tree, drafted.cache, state.valid, self.inner.needs, live=short
@@ -274,3 +283,23 @@ def _write_features(features, rows, start: Int[Array, "B"], count: Int[Array, "B
     column = jnp.arange(rows.shape[1])
     slots = jnp.where(column < count[:, None], start[:, None] + column, features.shape[1])
     return features.at[jnp.arange(rows.shape[0])[:, None], slots].set(rows, mode="drop")
+
+
+def build(
+    target,
+    registry,
+    model: str,
+    inner: Any,
+    min_draft_depth: int = 6,
+    scheme: str | None = None,
+    quantize: str | None = None,
+) -> Hierarchical:
+    """Loads the draft model and builds the inner drafter, a spec, for it."""
+    options.positive(min_draft_depth=min_draft_depth)
+    draft = draft_model.load(
+        target, model, scheme, quantize, keep_codes=registry.needs_codes(inner)
+    )
+    drafter = Hierarchical(
+        model=draft.module, inner=registry.build(inner, draft), min_draft_depth=min_draft_depth
+    )
+    return drafter.fitted(target.config.vocab_size)

@@ -1,13 +1,13 @@
 """Draft model: a smaller language model with the target's tokenizer drafts a chain (arXiv 2211.17192)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from specjax.decoding import tree
-from specjax.drafters import base
+from specjax.drafters import base, common_vocabulary, draft_model, options
 from specjax.drafters import chain as chains
 from specjax.models import cache as kv
 from specjax.models import layers
@@ -55,6 +55,10 @@ class LM:
     def scratch(self) -> int:
         return self.num_nodes
 
+    def fitted(self, vocab_size: int) -> "LM":
+        """The same over a target's vocabulary, whatever the padding of the draft model's own."""
+        return replace(self, model=common_vocabulary.fitted(self.model, vocab_size))
+
     def init(self, target, batch, capacity):
         cache = kv.init(self.model.config, batch, capacity, self.model.dtype)
         return LMState(cache=cache, history=jnp.zeros((batch, capacity), jnp.int32))
@@ -87,3 +91,16 @@ class LM:
 
     def rollback(self, state, lengths, root, features):
         return state
+
+
+def build(
+    target,
+    model: str,
+    draft_depth: int = 4,
+    scheme: str | None = None,
+    quantize: str | None = None,
+) -> LM:
+    """Loads the draft model `model`, under `scheme`, or rounded to `quantize`."""
+    options.positive(draft_depth=draft_depth)
+    draft = draft_model.load(target, model, scheme, quantize)
+    return LM(model=draft.module, draft_depth=draft_depth).fitted(target.config.vocab_size)

@@ -8,9 +8,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from specjax.checkpoints import heads
 from specjax.decoding import tree as trees
 from specjax.drafters import base
 from specjax.errors import ConfigError
+from specjax.files import hub
 from specjax.models.medusa import MedusaHeads
 
 # A node is the path of ranks that leads to it: (0, 2) = third best token of head 1 below the best token of head 0.
@@ -128,3 +130,14 @@ def _cost(path: tuple[int, ...]) -> int:
     for depth, rank in enumerate(path):
         cost *= 1 + rank * (1 + depth) + depth
     return cost + len(path)
+
+
+def build(target, model: str, tree: str | list | None = None) -> Medusa:
+    """Loads the heads; `tree` is a name in their medusa_choices.json or a list of rank paths."""
+    loaded, named = heads.load_medusa(hub.resolve(model), target.module)
+    if isinstance(tree, str) and tree not in named:
+        raise ConfigError(
+            f"medusa tree={tree!r}: medusa_choices.json of {model} has {', '.join(named) or 'none'}"
+        )
+    choices = named[tree] if isinstance(tree, str) else tree
+    return medusa(loaded, choices or default_choices(len(loaded.heads)))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from specjax.decoding import tree
-from specjax.drafters import base
+from specjax.drafters import base, options
+from specjax.errors import ConfigError
 
 
 @jax.tree_util.register_dataclass
@@ -98,3 +99,11 @@ class Ngram:
 
     def rollback(self, state, lengths, root, features):
         return state
+
+
+def build(target, draft_depth: int = 7, ngram_max: int = 4, ngram_min: int = 2) -> Ngram:
+    """Checked options to a drafter."""
+    options.positive(draft_depth=draft_depth, ngram_min=ngram_min)
+    if ngram_max < ngram_min:
+        raise ConfigError(f"{ngram_max=} is below {ngram_min=}")
+    return Ngram(draft_depth=draft_depth, ngram_max=ngram_max, ngram_min=ngram_min)

@@ -34,3 +34,8 @@ class NoDraft:
 
     def rollback(self, state, lengths, root, features):
         return state
+
+
+def build(target) -> NoDraft:
+    """No options."""
+    return NoDraft()

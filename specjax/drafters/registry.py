@@ -1,146 +1,46 @@
 """Drafters by name: a spec is a name or a nestable dict (JSON on command lines), the same for Python and binaries.
 
-To add a drafter: write its file next to this one, add a builder here. Nothing else changes.
+To add a drafter: write its file in this folder, with a `build`, and name it in `_MODULES`. Nothing else changes.
+
+A `build` takes the target (`specjax.loading.LoadedModel`) and the drafter's options, with their defaults; where it has
+a parameter `registry`, this module is passed, to build drafters of its own. A module whose drafter reads the target's
+codes has `reads_codes(spec)`.
 """
 
+import importlib
 import inspect
 import json
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from types import ModuleType
 from typing import Any
 
-import jax.numpy as jnp
-
-from specjax import loading
-from specjax.checkpoints import heads
-from specjax.drafters import draft_vocabulary
 from specjax.drafters.base import Drafter
-from specjax.drafters.eagle import eagle
-from specjax.drafters.hierarchical import Hierarchical
-from specjax.drafters.lm import LM
-from specjax.drafters.medusa import default_choices, medusa
-from specjax.drafters.ngram import Ngram
-from specjax.drafters.none import NoDraft
-from specjax.drafters.self_draft import SelfDraft
 from specjax.errors import ConfigError
-from specjax.files import hub
-from specjax.loading import LoadOptions
-from specjax.quantize import heads as rotated
-from specjax.quantize import shrink
 
 Spec = str | dict[str, Any] | Drafter
 
-
-def _none(target) -> Drafter:
-    return NoDraft()
-
-
-def _ngram(target, draft_depth: int = 7, ngram_max: int = 4, ngram_min: int = 2) -> Drafter:
-    _positive(draft_depth=draft_depth, ngram_min=ngram_min)
-    if ngram_max < ngram_min:
-        raise ConfigError(f"{ngram_max=} is below {ngram_min=}")
-    return Ngram(draft_depth=draft_depth, ngram_max=ngram_max, ngram_min=ngram_min)
-
-
-def _lm(
-    target,
-    model: str,
-    draft_depth: int = 4,
-    scheme: str | None = None,
-    quantize: str | None = None,
-) -> Drafter:
-    _positive(draft_depth=draft_depth)
-    draft = _draft_model(target, model, scheme, quantize)
-    return LM(model=draft.module, draft_depth=draft_depth)
-
-
-def _hierarchical(
-    target,
-    model: str,
-    inner: Any,
-    min_draft_depth: int = 6,
-    scheme: str | None = None,
-    quantize: str | None = None,
-) -> Drafter:
-    _positive(min_draft_depth=min_draft_depth)
-    draft = _draft_model(target, model, scheme, quantize, needs_codes(inner))
-    return Hierarchical(
-        model=draft.module, inner=build(inner, draft), min_draft_depth=min_draft_depth
-    )
-
-
-def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
-    _positive(draft_depth=draft_depth)
-    if scheme is not None:
-        target.module.with_scheme(
-            scheme
-        )  # refuses a target without such codes before anything is compiled
-    return SelfDraft(draft_depth=draft_depth, scheme=scheme)
-
-
-def _eagle(
-    target,
-    model: str | None = None,
-    draft_depth: int = 6,
-    topk: int = 10,
-    num_nodes: int = 60,
-    vocabulary: str | None = None,
-    vocabulary_size: int | None = None,
-    scheme: str | None = None,
-) -> Drafter:
-    path = model or target.default_head
-    if path is None:
-        raise ConfigError(
-            f"drafter 'eagle': no head ships for {target.name!r}; pass its directory "
-            "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
-        )
-    folder = hub.shipped_head(str(path)) or hub.resolve(str(path))
-    head = heads.load_eagle(folder, target.module, target.name)
-    rotated.check_pair(hub.resolve(target.name), folder)
-    if vocabulary is not None or vocabulary_size is not None:
-        ids = _draft_vocabulary(target, folder, vocabulary, vocabulary_size)
-        if topk > len(ids):
-            raise ConfigError(f"{topk=} exceeds the draft vocabulary of {len(ids)} tokens")
-        head = shrink.with_vocabulary(head, target.module, ids)
-    if scheme is not None:
-        head = shrink.quantized(head, target.module, scheme)
-    return eagle(head, draft_depth=draft_depth, topk=topk, num_nodes=num_nodes)
-
-
-def _draft_vocabulary(target, head: Path, path: str | None, size: int | None):
-    """Tokens to draft from a list, from the one beside the head, or from the tokenizer's merges; stop tokens too."""
-    beside = head / draft_vocabulary.FILE_NAME
-    if path is not None or beside.is_file():
-        ranking = draft_vocabulary.read(Path(path or beside), target)
-    else:
-        ranking = draft_vocabulary.from_merges(target)
-    return jnp.asarray(ranking.first(size, target.config.eos_token_ids))
-
-
-def _medusa(target, model: str, tree: str | list | None = None) -> Drafter:
-    loaded, named = heads.load_medusa(hub.resolve(model), target.module)
-    if isinstance(tree, str) and tree not in named:
-        raise ConfigError(
-            f"medusa tree={tree!r}: medusa_choices.json of {model} has {', '.join(named) or 'none'}"
-        )
-    choices = named[tree] if isinstance(tree, str) else tree
-    return medusa(loaded, choices or default_choices(len(loaded.heads)))
-
-
-_BUILDERS: dict[str, Callable[..., Drafter]] = {
-    "none": _none,
-    "ngram": _ngram,
-    "lm": _lm,
-    "self": _self,
-    "eagle": _eagle,
-    "medusa": _medusa,
-    "hierarchical": _hierarchical,
+# Kind of drafter -> its file in this folder; imported when it is asked for.
+_MODULES = {
+    "none": "none",
+    "ngram": "ngram",
+    "lm": "lm",
+    "self": "self_draft",
+    "eagle": "eagle",
+    "medusa": "medusa",
+    "hierarchical": "hierarchical",
 }
+_GIVEN = ("target", "registry")
 
 
 def kinds() -> tuple[str, ...]:
     """Names of all drafters."""
-    return tuple(_BUILDERS)
+    return tuple(_MODULES)
+
+
+def _module(kind: str) -> ModuleType:
+    if kind not in _MODULES:
+        raise ConfigError(f"drafter={kind!r}: supported are {', '.join(_MODULES)}")
+    return importlib.import_module(f"specjax.drafters.{_MODULES[kind]}")
 
 
 def options(kind: str) -> dict[str, Any]:
@@ -149,10 +49,8 @@ def options(kind: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such kind.
     """
-    if kind not in _BUILDERS:
-        raise ConfigError(f"drafter={kind!r}: supported are {', '.join(_BUILDERS)}")
-    parameters = inspect.signature(_BUILDERS[kind]).parameters
-    return {name: p.default for name, p in parameters.items() if name != "target"}
+    parameters = inspect.signature(_module(kind).build).parameters
+    return {name: p.default for name, p in parameters.items() if name not in _GIVEN}
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -207,48 +105,17 @@ def build(spec: Spec, target) -> Drafter:
     spec = parse(spec) if isinstance(spec, str) else dict(spec)
     check(spec)
     arguments = {name: value for name, value in spec.items() if name != "kind"}
-    return _BUILDERS[spec["kind"]](target, **arguments)
-
-
-def _positive(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
+    builder = _module(spec["kind"]).build
+    if "registry" in inspect.signature(builder).parameters:
+        arguments["registry"] = sys.modules[__name__]
+    return builder(target, **arguments)
 
 
 def needs_codes(spec: Spec) -> bool:
     """Whether a drafter reads its target's codes, which must then be loaded with dequantize="never"."""
     if isinstance(spec, str):
         spec = parse(spec)
-    return isinstance(spec, dict) and spec["kind"] == "self" and spec.get("scheme") is not None
-
-
-def _draft_model(
-    target, model: str, scheme: str | None, quantize: str | None, keep_codes: bool = False
-):
-    """Loads a draft model in the target's compute dtype; `quantize` rounds a dense one to a scheme."""
-    options = LoadOptions(
-        dtype=target.dtype_name,
-        scheme=scheme,
-        quantize=quantize,
-        dequantize="never" if keep_codes else "auto",
-    )
-    draft = loading.load_model(model, options)
-    _same_tokenizer(target, draft)
-    return draft
-
-
-def _same_tokenizer(target, draft) -> None:
-    """Refuses a draft model whose token ids mean something else."""
-    vocabularies = target.config.vocab_size, draft.config.vocab_size
-    if vocabularies[0] != vocabularies[1]:
-        raise ConfigError(
-            f"draft model {draft.name!r} has vocab_size {vocabularies[1]}, the target {target.name!r} has "
-            f"{vocabularies[0]}; they need the same tokenizer"
-        )
-    known = target.tokenizer and draft.tokenizer
-    if known and target.tokenizer.digest() != draft.tokenizer.digest():
-        raise ConfigError(
-            f"draft model {draft.name!r} has another tokenizer than the target {target.name!r} (same size, "
-            "other tokens); use a draft model of the same family"
-        )
+    if not isinstance(spec, dict):
+        return False
+    reads_codes = getattr(_module(spec["kind"]), "reads_codes", None)
+    return reads_codes is not None and reads_codes(spec)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import jax
 
 from specjax.decoding import tree
-from specjax.drafters import base
+from specjax.drafters import base, options
 from specjax.drafters import chain as chains
 from specjax.models import layers
 
@@ -60,3 +60,16 @@ class SelfDraft:
 
     def rollback(self, state, lengths, root, features):
         return state
+
+
+def build(target, scheme: str | None = None, draft_depth: int = 3) -> SelfDraft:
+    """Refuses a `scheme` that the target has no codes for before anything is compiled."""
+    options.positive(draft_depth=draft_depth)
+    if scheme is not None:
+        target.module.with_scheme(scheme)
+    return SelfDraft(draft_depth=draft_depth, scheme=scheme)
+
+
+def reads_codes(spec) -> bool:
+    """Whether the target must be loaded with its codes kept."""
+    return spec.get("scheme") is not None

@@ -111,7 +111,7 @@ def prefill_chunk(
         stop_ids: token ids that end a request; -1 matches nothing.
     """
     out, features = target_pass.forward_chunk(
-        target, chunk.tokens, chunk.start, state.cache, drafter.needs
+        *(target, chunk.tokens, chunk.start, state.cache, drafter.needs), length=prompt_len
     )
     draft = drafter.prefill(target, state.draft, replace(chunk, features=features))
     last = jnp.maximum(chunk.valid - 1, 0)

@@ -43,7 +43,7 @@ class Step:
         accepted: drafted tokens that were kept, in order.
         token: what the target added.
         kind: "bonus" where nothing was drafted below the last accepted token, else "resampled".
-        drafted_text, accepted_text, token_text: the same decoded token by token, where there is a tokenizer.
+        drafted_text, accepted_text, token_text: the same token by token, where there is a tokenizer.
     """
 
     drafted: tuple[int, ...]
@@ -115,11 +115,11 @@ def _step(one: Trace, index: int) -> Step:
     )
 
 
-def with_text(found: tuple[Step, ...], decode: Callable[[list[int]], str]) -> tuple[Step, ...]:
-    """The steps with their tokens as text, each decoded by itself."""
+def with_text(found: tuple[Step, ...], piece: Callable[[int], str]) -> tuple[Step, ...]:
+    """The steps with their tokens as text; `piece` gives that of one token within a text."""
 
     def texts(ids):
-        return tuple(decode([i]) for i in ids)
+        return tuple(piece(i) for i in ids)
 
     return tuple(
         Step(
@@ -127,7 +127,7 @@ def with_text(found: tuple[Step, ...], decode: Callable[[list[int]], str]) -> tu
                 **vars(step),
                 "drafted_text": texts(step.drafted),
                 "accepted_text": texts(step.accepted),
-                "token_text": decode([step.token]),
+                "token_text": piece(step.token),
             }
         )
         for step in found

@@ -1,9 +1,10 @@
-"""Building blocks of the Llama family and of its draft heads.
+"""Building blocks of decoders and of their draft heads; what a `ModelConfig` and a `LayerKind` say decides what runs.
 
 Modules hold parameters and a pure forward; caches, masks and positions are arguments. A "linear" is anything with
 `__call__(x)`, `out_features` and `in_features`: `Linear` and `QuantizedLinear` in quant/; models never mention bits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.config import ModelConfig, RopeConfig
+from specjax.config import LayerKind, ModelConfig, RopeConfig
+from specjax.config.model import Activation
 from specjax.models import cache as kv
 from specjax.pallas import dispatch
 from specjax.pallas.glue import api as glue
@@ -32,6 +34,8 @@ class Block:
         tail: tail[b, t, w] says whether row t sees slot prefix + w; slots from prefix + W on are invisible.
             None means causal: row t sees slots 0 .. start + t.
         valid: slots that hold a key at all; None: all of them (else some tokens skip layers).
+        length: tokens of the text that are known already, e.g. of the prompt; None: those up to each row. Only rotary
+            embeddings that depend on it look (see `RopeConfig`).
     """
 
     tokens: Int[Array, "B T"]
@@ -40,12 +44,20 @@ class Block:
     prefix: Int[Array, "B"]
     tail: Bool[Array, "B T W"] | None
     valid: Bool[Array, "B S"] | None = None
+    length: Int[Array, "B"] | None = None
 
 
-def causal_block(tokens: Int[Array, "B T"], start: Int[Array, "B"]) -> Block:
+def causal_block(
+    tokens: Int[Array, "B T"], start: Int[Array, "B"], length: Int[Array, "B"] | None = None
+) -> Block:
     """Consecutive tokens at slots and positions start, start + 1, ..."""
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=start.dtype)
-    return Block(tokens=tokens, positions=positions, start=start, prefix=start, tail=None)
+    return Block(
+        tokens=tokens, positions=positions, start=start, prefix=start, tail=None, length=length
+    )
+
+
+PLAIN = LayerKind()
 
 
 class Embedding(nnx.Module):
@@ -59,45 +71,144 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with float32 statistics.
+    """Root-mean-square norm with float32 statistics, times gain = weight + offset.
 
     With `centered` the mean is removed first: what QServe's kernels compute in place of RMSNorm; only for checking
     against them.
     """
 
-    def __init__(self, weight: Float[Array, "D"], eps: float, centered: bool = False):
+    def __init__(
+        self, weight: Float[Array, "D"], eps: float, centered: bool = False, offset: float = 0.0
+    ):
         self.weight = nnx.Param(weight)
         self.eps = eps
         self.centered = centered
+        self.offset = offset
+
+    @property
+    def gain(self) -> Float[Array, "D"]:
+        """What normed rows are multiplied by; float32."""
+        gain = self.weight[...].astype(jnp.float32)
+        return gain + self.offset if self.offset else gain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is RMSNorm as kernels know it."""
+        return not (self.centered or self.offset)
+
+    def with_gain(self, gain: Float[Array, "D"]) -> "RMSNorm":
+        """The same norm with another gain."""
+        return RMSNorm(gain - self.offset, self.eps, self.centered, self.offset)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         if self.centered:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * self.gain).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Norm over mean and variance in float32, with gain and bias."""
+
+    is_plain = False
+
+    def __init__(self, weight: Float[Array, "D"], bias: Float[Array, "D"], eps: float):
+        self.weight, self.bias = nnx.Param(weight), nnx.Param(bias)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
 
 
 def rope_tables(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Int[Array, "B T"],
+    length: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T 1 C"], Float[Array, "B T 1 C"]]:
-    """Cosines and sines in float32 (bfloat16 would round positions above 256)."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.inv_freq(head_dim))
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosines and sines in float32 (bfloat16 would round positions above 256) of the channels that turn.
+
+    Args:
+        length: see `Block.length`.
+    """
+    if rope.depends_on_length:
+        known = positions + 1 if length is None else jnp.maximum(positions + 1, length[:, None])
+        frequencies = _frequencies_at(rope, head_dim, known)
+    else:
+        frequencies = jnp.asarray(rope.inv_freq(head_dim))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.repeat(angles, 2, -1) if rope.interleaved else jnp.concatenate([angles] * 2, -1)
+    angles = angles[:, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.attention_factor != 1:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    return cos, sin
 
 
-def apply_rope(x: Float[Array, "B T H C"], cos, sin) -> Float[Array, "B T H C"]:
-    """Rotates the pairs (i, i + C/2), the convention of Hugging Face Llama checkpoints."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(jnp.float32) * cos + rotated * sin).astype(x.dtype)
+def _frequencies_at(
+    rope: RopeConfig, head_dim: int, length: Int[Array, "B T"]
+) -> Float[Array, "B T F"]:
+    """Angles per position in a text of `length` tokens."""
+    original = rope.original_max_position_embeddings
+    if rope.kind == "longrope":
+        short, long = (jnp.asarray(rope.inv_freq(head_dim, long)) for long in (False, True))
+        return jnp.where((length > original)[..., None], long, short)
+    # NTK scaling: the base grows with the length, so that the slowest frequency turns as far as before.
+    plain = jnp.asarray(rope.inv_freq(head_dim))
+    dim = int(head_dim * rope.rotary_fraction)
+    ratio = jnp.maximum(length, original).astype(jnp.float32) / original
+    stretch = rope.factor * ratio - (rope.factor - 1)
+    exponents = jnp.arange(len(plain), dtype=jnp.float32) * (2 / max(dim - 2, 1))
+    return plain * stretch[..., None] ** -exponents
+
+
+def position_tables(config: ModelConfig, block: Block):
+    """Cosines and sines of each rotary embedding of the model at a block's positions; see `LayerKind.rotary`."""
+    return tuple(
+        rope_tables(rope, config.head_dim, block.positions, block.length) for rope in config.ropes
+    )
+
+
+def tables_of(layer: "DecoderLayer", tables):
+    """Those of `position_tables` that a layer uses; None where it has no rotary embedding."""
+    rotary = layer.self_attn.kind.rotary
+    return None if rotary is None else tables[rotary]
+
+
+def apply_rope(x: Float[Array, "B T H C"], cos, sin, interleaved: bool = False):
+    """Rotates the pairs (i, i + R/2) of the first R channels, those that the tables have; the others stay.
+
+    R = C is the convention of Hugging Face Llama checkpoints. With `interleaved` the pairs are (2i, 2i + 1).
+    """
+    width, whole = cos.shape[-1], x
+    if width < x.shape[-1]:
+        x = x[..., :width]
+    turned = x.astype(jnp.float32)
+    if interleaved:
+        pairs = turned.reshape(*turned.shape[:-1], -1, 2)
+        rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(turned.shape)
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+        rotated = jnp.concatenate([-second, first], axis=-1)
+    turned = (turned * cos + rotated * sin).astype(x.dtype)
+    if width == whole.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, whole[..., width:]], axis=-1)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention over a KV cache that it extends by the block's rows.
 
-    Holds either `q_proj`, `k_proj`, `v_proj` (canonical) or the fused `qkv_proj` (after `prepare`).
+    Holds either `q_proj`, `k_proj`, `v_proj` (canonical) or the fused `qkv_proj` (after `prepare`); `q_norm` and
+    `k_norm` where the model norms queries and keys.
     """
 
     def __init__(
@@ -109,11 +220,21 @@ class Attention(nnx.Module):
         k_proj=None,
         v_proj=None,
         qkv_proj=None,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+        kind: LayerKind = PLAIN,
         backend: dispatch.Backend = "auto",
     ):
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.kind = config, backend, kind
         self.q_proj, self.k_proj, self.v_proj, self.qkv_proj = q_proj, k_proj, v_proj, qkv_proj
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.o_proj = o_proj
+
+    def having(self, **changes) -> "Attention":
+        """The same attention with other linears (or another backend); those that are not named stay."""
+        names = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "backend")
+        kept = {name: getattr(self, name) for name in names}
+        return Attention(self.config, kind=self.kind, **(kept | changes))
 
     def project_qkv(self, x: Float[Array, "B T D"]):
         """Queries [B, T, H, C], keys and values [B, T, K, C], before the rotary embedding."""
@@ -125,14 +246,50 @@ class Attention(nnx.Module):
             parts = jnp.split(
                 self.qkv_proj(x), [width, width + config.num_kv_heads * config.head_dim], axis=-1
             )
-        return tuple(part.reshape(batch, rows, -1, config.head_dim) for part in parts)
+        heads = tuple(part.reshape(batch, rows, -1, config.head_dim) for part in parts)
+        if self.q_norm is None:
+            return heads
+        if config.qk_norm == "head":
+            return self.q_norm(heads[0]), self.k_norm(heads[1]), heads[2]
+        normed = self.q_norm(parts[0]), self.k_norm(parts[1])
+        return *(part.reshape(batch, rows, -1, config.head_dim) for part in normed), heads[2]
+
+    def rotate(self, q, k, rope):
+        """Queries and keys turned by the rotary embedding; `rope` None is none."""
+        if rope is None:
+            return q, k
+        interleaved = self.config.ropes[self.kind.rotary].interleaved
+        return apply_rope(q, *rope, interleaved), apply_rope(k, *rope, interleaved)
+
+    def score_settings(self, capacity: int) -> dict:
+        """What `tree_attention` is told beside its masks; a window that a cache of `capacity` slots never reaches is
+        none.
+        """
+        config, kind, settings = self.config, self.kind, {}
+        if kind.window is not None and kind.window < capacity:
+            settings["window"] = kind.window
+        if config.query_scale is not None or kind.scale != 1:
+            scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+            settings["scale"] = scale * kind.scale
+        if config.score_softcap is not None:
+            settings["softcap"] = config.score_softcap
+        return settings
+
+    def _fast_path(self, projected, block: Block, keys, settings) -> bool:
+        """Whether projections go into the attention kernel as they are: for what Llama computes."""
+        config = self.config
+        plain = self.q_norm is None and not settings and self.kind.rotary == 0
+        plain &= config.rope.rotary_fraction == 1 and not config.rope.interleaved
+        fits = block.valid is None and plain
+        fits = fits and glue.can_rotate_and_write(projected, keys, self.backend)
+        return fits and attention_op.kernel_takes(projected, keys, block.tail)
 
     def __call__(self, x: Float[Array, "B T D"], block: Block, rope, keys, values):
         """Returns (output [B, T, D], perhaps in parts; keys, values)."""
+        settings = self.score_settings(keys.shape[2])
         if self.qkv_proj is not None:
             projected = parts.product(self.qkv_proj, x)
-            fits = block.valid is None and glue.can_rotate_and_write(projected, keys, self.backend)
-            if fits and attention_op.kernel_takes(projected, keys, block.tail):
+            if self._fast_path(projected, block, keys, settings):
                 out, keys, values = attention_op.project_and_attend(
                     *(projected, rope, keys, values),
                     start=block.start,
@@ -141,7 +298,7 @@ class Attention(nnx.Module):
                 )
                 return parts.product(self.o_proj, out.reshape(*x.shape[:2], -1)), keys, values
         q, k, v = self.project_qkv(x)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = self.rotate(q, k, rope)
         keys = kv.write_rows(keys, k.swapaxes(1, 2).astype(keys.dtype), block.start)
         values = kv.write_rows(values, v.swapaxes(1, 2).astype(values.dtype), block.start)
         out = attention_op.tree_attention(
@@ -151,40 +308,91 @@ class Attention(nnx.Module):
             tail=block.tail,
             valid=block.valid,
             backend=self.backend,
+            **settings,
         )
         return parts.product(self.o_proj, out.reshape(*x.shape[:2], -1)), keys, values
 
 
-class MLP(nnx.Module):
-    """SwiGLU feed-forward; holds `gate_proj` and `up_proj`, or the fused `gate_up_proj` (after `prepare`)."""
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
-    def __init__(self, *, down_proj, gate_proj=None, up_proj=None, gate_up_proj=None):
+
+class MLP(nnx.Module):
+    """Gated feed-forward (SwiGLU, GeGLU): holds `gate_proj` and `up_proj`, or (after `prepare`) `gate_up_proj`.
+
+    With `up_proj` alone there is no gate.
+    """
+
+    def __init__(
+        self,
+        *,
+        down_proj,
+        gate_proj=None,
+        up_proj=None,
+        gate_up_proj=None,
+        activation: Activation = "silu",
+    ):
         self.gate_proj, self.up_proj, self.gate_up_proj = gate_proj, up_proj, gate_up_proj
-        self.down_proj = down_proj
+        self.down_proj, self.activation = down_proj, activation
+
+    def having(self, **changes) -> "MLP":
+        """The same feed-forward with other linears; those that are not named stay."""
+        names = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+        kept = {name: getattr(self, name) for name in names}
+        return MLP(activation=self.activation, **(kept | changes))
 
     def __call__(self, x: Float[Array, "B T D"]):
         """Output [B, T, D], perhaps in parts."""
+        act = _ACTIVATIONS[self.activation]
+        if self.gate_up_proj is None and self.gate_proj is None:
+            inner = act(self.up_proj(x).astype(jnp.float32))
+            return parts.product(self.down_proj, inner.astype(x.dtype))
         if self.gate_up_proj is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        gated = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        gated = act(gate.astype(jnp.float32)) * up.astype(jnp.float32)
         return parts.product(self.down_proj, gated.astype(x.dtype))
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and feed-forward with residuals. `input_layernorm` None means no norm (EAGLE-1/2 heads)."""
+    """Attention and feed-forward with residuals, norms before or after them or both.
+
+    Attributes:
+        input_layernorm: before attention; None is no norm (EAGLE-1/2 heads, OLMo 2).
+        post_attention_layernorm: before the feed-forward, as Llama calls it; None is no norm.
+        attention_output_norm: of what attention adds to the residual stream; None is no norm.
+        mlp_output_norm: of what the feed-forward adds.
+    """
 
     def __init__(
         self,
         self_attn: Attention,
         mlp: MLP,
-        input_layernorm: RMSNorm | None,
-        post_attention_layernorm: RMSNorm,
+        input_layernorm: Norm | None,
+        post_attention_layernorm: Norm | None,
+        attention_output_norm: Norm | None = None,
+        mlp_output_norm: Norm | None = None,
     ):
         self.self_attn, self.mlp = self_attn, mlp
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm
+        self.attention_output_norm = attention_output_norm
+        self.mlp_output_norm = mlp_output_norm
+
+    def having(self, **changes) -> "DecoderLayer":
+        """The same layer with other parts; those that are not named stay."""
+        kept = {name: getattr(self, name) for name in ("self_attn", "mlp", *NORMS)}
+        return DecoderLayer(**(kept | changes))
+
+    def norms(self) -> dict[str, Norm]:
+        """Its norms by attribute, without those that it has not."""
+        found = {name: getattr(self, name) for name in NORMS}
+        return {name: norm for name, norm in found.items() if norm is not None}
 
     def __call__(self, x: Float[Array, "B T D"], block: Block, rope, keys, values):
         """Returns (output [B, T, D], keys, values)."""
@@ -196,14 +404,33 @@ class DecoderLayer(nnx.Module):
 
         What is added last stays apart so that the next norm can add it in the same launch; None is nothing.
         """
-        backend = self.self_attn.backend
-        if self.input_layernorm is None:
-            x = normed = x if added is None else x + parts.value(added)
-        else:
-            x, normed = glue.residual_norm(x, added, self.input_layernorm, backend)
+        x, normed = self._before(x, added, self.input_layernorm)
         attended, keys, values = self.self_attn(normed, block, rope, keys, values)
-        x, normed = glue.residual_norm(x, attended, self.post_attention_layernorm, backend)
-        return x, self.mlp(normed), keys, values
+        attended = self._after(attended, self.attention_output_norm)
+        x, normed = self._before(x, attended, self.post_attention_layernorm)
+        return x, self._after(self.mlp(normed), self.mlp_output_norm), keys, values
+
+    def _before(self, x, added, norm: Norm | None):
+        """x + added, and what the next block reads."""
+        if norm is None:
+            x = x if added is None else x + parts.value(added)
+            return x, x
+        return glue.residual_norm(x, added, norm, self.self_attn.backend)
+
+    def _after(self, added, norm: Norm | None):
+        """What a block adds to the residual stream."""
+        multiplier = self.self_attn.config.residual_multiplier
+        if norm is not None:
+            added = norm(parts.value(added))
+        return added if multiplier == 1 else parts.value(added) * multiplier
+
+
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "attention_output_norm",
+    "mlp_output_norm",
+)
 
 
 # Jitted functions are traced and lowered once for all layers of a kind, and their kernels are compiled once; XLA

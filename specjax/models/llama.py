@@ -1,7 +1,8 @@
-"""Llama, and the architectures that share its forward pass (Mistral without sliding window, Qwen2).
+"""Decoders: Llama, and what other architectures do differently by settings of `ModelConfig`.
 
-Attribute paths are the parameter names of Hugging Face checkpoints, so `model.layers.0.self_attn.q_proj` means the same
-thing in a file, in a quantizer's log and in a debugger.
+Attribute paths are the parameter names of Hugging Face's Llama checkpoints, so `model.layers.0.self_attn.q_proj` means
+the same thing in a file, in a quantizer's log and in a debugger; where files of an architecture have other names, its
+declaration in `specjax.config.architectures` says so.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax.config import ModelConfig
+from specjax.config import LayerKind, ModelConfig
 from specjax.errors import ConfigError
 from specjax.models import cache as kv
 from specjax.models import layers as nn
@@ -43,12 +44,29 @@ class ForwardOutput:
 
 
 class LlamaModel(nnx.Module):
-    """Embedding, decoder layers and final norm."""
+    """Embedding, decoder layers and final norm; `embed_positions` where positions are learned."""
 
-    def __init__(self, embed_tokens: nn.Embedding, layers: list, norm: nn.RMSNorm):
+    def __init__(
+        self,
+        embed_tokens: nn.Embedding,
+        layers: list,
+        norm: nn.Norm,
+        embed_positions: nn.Embedding | None = None,
+    ):
         self.embed_tokens = embed_tokens
         self.layers = nnx.List(layers)
         self.norm = norm
+        self.embed_positions = embed_positions
+
+    def having(self, **changes) -> "LlamaModel":
+        """The same model with other parts; those that are not named stay."""
+        kept = {
+            "embed_tokens": self.embed_tokens,
+            "layers": list(self.layers),
+            "norm": self.norm,
+            "embed_positions": self.embed_positions,
+        }
+        return LlamaModel(**(kept | changes))
 
 
 class Llama(nnx.Module):
@@ -73,19 +91,31 @@ class Llama(nnx.Module):
         """Compute dtype."""
         return self.model.embed_tokens.weight.dtype
 
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        x = self.model.embed_tokens(tokens)
+        if self.config.embedding_multiplier != 1:
+            # Rounded to the compute dtype first, as Gemma was trained.
+            x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
+        if self.model.embed_positions is not None:
+            x = x + self.model.embed_positions(positions)
+        return x
+
     def __call__(
         self, block: Block, cache: kv.KVCache, capture: tuple[int, ...] = ()
     ) -> ForwardOutput:
         """Runs all layers over a block of tokens; `capture` names layers whose input the caller wants."""
         if self.depth is not None:
             return self.depth.run(self, block, cache, capture)
-        rope = nn.rope_tables(self.config.rope, self.config.head_dim, block.positions)
-        x = self.model.embed_tokens(block.tokens)
+        tables = nn.position_tables(self.config, block)
+        x = self.embed(block.tokens, block.positions)
         keys, values, captured, added = [], [], {}, None
         for index, layer in enumerate(self.model.layers):
             if index in capture:
                 captured[index] = x if added is None else x + parts.value(added)
-            arguments = block, rope, cache.keys[index], cache.values[index]
+            arguments = block, nn.tables_of(layer, tables), cache.keys[index], cache.values[index]
             x, added, k, v = nn.shared_residual(layer, x, added, *arguments)
             keys.append(k)
             values.append(v)
@@ -99,8 +129,14 @@ class Llama(nnx.Module):
         """Output head on final-norm rows; float32."""
         if self.lm_head is None:
             table = self.model.embed_tokens.weight[...]
-            return matmul_dense.matmul(hidden, table, jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+            logits = matmul_dense.matmul(hidden, table, jnp.float32)
+        else:
+            logits = self.lm_head(hidden).astype(jnp.float32)
+        if self.config.logits_divisor != 1:
+            logits = logits / self.config.logits_divisor
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
 
     def output_weight(self) -> Float[Array, "V D"]:
         """The output head's matrix in the compute dtype; dequantized if it has codes.
@@ -125,7 +161,8 @@ def full_logits(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"
     """Logits of every position of a batch of equally long sequences, in one pass without an outside cache."""
     batch, length = tokens.shape
     cache = kv.init(model.config, batch, length, model.dtype)
-    block = nn.causal_block(tokens, jnp.zeros((batch,), jnp.int32))
+    start = jnp.zeros((batch,), jnp.int32)
+    block = nn.causal_block(tokens, start, start + length)
     return model.logits(model(block, cache).hidden)
 
 
@@ -162,10 +199,15 @@ def build(
     hidden, vocab = config.hidden_size, config.vocab_size
     table = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
     embedding = nn.Embedding(jnp.asarray(table, dtype))
+    positions = None
+    if config.learned_positions:
+        shape = (config.max_position_embeddings, hidden)
+        rows = checkpoint.tensor("model.embed_positions.weight", shape)
+        positions = nn.Embedding(jnp.asarray(rows, dtype))
     layers = [
         _uploaded(finish(build_layer(checkpoint, i, dtype))) for i in range(config.num_layers)
     ]
-    model = LlamaModel(embedding, layers, build_norm(checkpoint, "model.norm", dtype))
+    model = LlamaModel(embedding, layers, build_norm(checkpoint, "model.norm", dtype), positions)
     head = None
     if not config.tie_word_embeddings:
         head = _uploaded(build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype))
@@ -184,53 +226,78 @@ def _uploaded[Module](module: Module) -> Module:
 def build_layer(checkpoint, index: int, dtype) -> nn.DecoderLayer:
     """One decoder layer, from the tensors below `model.layers.<index>`."""
     config, prefix = checkpoint.config, f"model.layers.{index}"
+    before, after = config.norm_placement != "after", config.norm_placement != "before"
+
+    def norm(name: str, present: bool) -> nn.Norm | None:
+        return build_norm(checkpoint, f"{prefix}.{name}", dtype) if present else None
+
     return nn.DecoderLayer(
-        self_attn=build_attention(checkpoint, f"{prefix}.self_attn", config.hidden_size, dtype),
-        mlp=build_mlp(checkpoint, f"{prefix}.mlp", dtype),
-        input_layernorm=build_norm(checkpoint, f"{prefix}.input_layernorm", dtype),
-        post_attention_layernorm=build_norm(
-            checkpoint, f"{prefix}.post_attention_layernorm", dtype
+        self_attn=build_attention(
+            checkpoint, f"{prefix}.self_attn", config.hidden_size, dtype, config.layer_kind(index)
         ),
+        mlp=build_mlp(checkpoint, f"{prefix}.mlp", dtype),
+        input_layernorm=norm("input_layernorm", before),
+        post_attention_layernorm=norm("post_attention_layernorm", before),
+        attention_output_norm=norm("attention_output_norm", after),
+        mlp_output_norm=norm("mlp_output_norm", after),
     )
 
 
-def build_attention(checkpoint, prefix: str, in_features: int, dtype) -> nn.Attention:
+def build_attention(
+    checkpoint, prefix: str, in_features: int, dtype, kind: LayerKind = nn.PLAIN
+) -> nn.Attention:
     """Attention with HF names below `prefix`; `in_features` is the width of the q, k and v inputs."""
     config = checkpoint.config
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    def linear(name, out, inp, bias):
+    def linear(name, out, inp):
+        bias = config.has_bias(name)
         return build_linear(checkpoint, f"{prefix}.{name}", out, inp, bias, dtype)
 
+    norms = {}
+    if config.qk_norm is not None:
+        per_head = config.qk_norm == "head"
+        for name, size in (("q_norm", width), ("k_norm", kv_width)):
+            size = config.head_dim if per_head else size
+            norms[name] = build_norm(checkpoint, f"{prefix}.{name}", dtype, size)
     return nn.Attention(
         config,
-        q_proj=linear("q_proj", width, in_features, config.qkv_bias),
-        k_proj=linear("k_proj", kv_width, in_features, config.qkv_bias),
-        v_proj=linear("v_proj", kv_width, in_features, config.qkv_bias),
-        o_proj=linear("o_proj", config.hidden_size, width, config.o_bias),
+        q_proj=linear("q_proj", width, in_features),
+        k_proj=linear("k_proj", kv_width, in_features),
+        v_proj=linear("v_proj", kv_width, in_features),
+        o_proj=linear("o_proj", config.hidden_size, width),
+        kind=kind,
+        **norms,
     )
 
 
 def build_mlp(checkpoint, prefix: str, dtype) -> nn.MLP:
-    """SwiGLU block with HF names below `prefix`."""
+    """Feed-forward with HF names below `prefix`."""
     config = checkpoint.config
     ffn, hidden = config.intermediate_size, config.hidden_size
 
     def linear(name, out, inp):
-        return build_linear(checkpoint, f"{prefix}.{name}", out, inp, config.mlp_bias, dtype)
+        bias = config.has_bias(name)
+        return build_linear(checkpoint, f"{prefix}.{name}", out, inp, bias, dtype)
 
+    gate = {"gate_proj": linear("gate_proj", ffn, hidden)} if config.gated_mlp else {}
     return nn.MLP(
-        gate_proj=linear("gate_proj", ffn, hidden),
+        **gate,
         up_proj=linear("up_proj", ffn, hidden),
         down_proj=linear("down_proj", hidden, ffn),
+        activation=config.hidden_act,
     )
 
 
-def build_norm(checkpoint, name: str, dtype) -> nn.RMSNorm:
-    """A norm from `<name>.weight`; the gain is kept in the compute dtype."""
+def build_norm(checkpoint, name: str, dtype, size: int | None = None) -> nn.Norm:
+    """A norm from `<name>.weight` (and `<name>.bias`), in the compute dtype; `size` None is the model's width."""
     config = checkpoint.config
-    gain = checkpoint.tensor(f"{name}.weight", (config.hidden_size,))
-    return nn.RMSNorm(jnp.asarray(gain, dtype), config.rms_norm_eps)
+    shape = (config.hidden_size if size is None else size,)
+    weight = jnp.asarray(checkpoint.tensor(f"{name}.weight", shape), dtype)
+    if config.norm_kind == "layer":
+        bias = jnp.asarray(checkpoint.tensor(f"{name}.bias", shape), dtype)
+        return nn.LayerNorm(weight, bias, config.rms_norm_eps)
+    return nn.RMSNorm(weight, config.rms_norm_eps, offset=config.norm_offset)
 
 
 def build_linear(checkpoint, prefix: str, out_features: int, in_features: int, bias: bool, dtype):

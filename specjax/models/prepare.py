@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from specjax.errors import ConfigError
-from specjax.models.layers import MLP, Attention, DecoderLayer
-from specjax.models.llama import Llama, LlamaModel
+from specjax.models.layers import DecoderLayer
+from specjax.models.llama import Llama
 from specjax.pallas import device, dispatch
 from specjax.quant import packed_linear, view
 from specjax.quant.linear import QuantizedLinear
@@ -22,7 +22,7 @@ def prepare(
     """A model that computes the same, arranged for running; see `Preparation`."""
     preparation = Preparation(backend, dequantize, model.dtype)
     layers = [preparation.layer(layer) for layer in model.model.layers]
-    inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
+    inner = model.model.having(layers=layers)
     return Llama(model.config, inner, preparation.linear(model.lm_head), model.depth)
 
 
@@ -77,31 +77,29 @@ class Preparation:
     def layer(self, layer: DecoderLayer) -> DecoderLayer:
         """A decoder layer in run-time form, its projections fused."""
         attention, mlp = layer.self_attn, layer.mlp
-        return DecoderLayer(
-            Attention(
-                attention.config,
+        gated = mlp.gate_proj is not None or mlp.gate_up_proj is not None
+        inner = ("gate_proj", "up_proj") if gated else ("up_proj",)
+        return layer.having(
+            self_attn=attention.having(
                 o_proj=self.linear(attention.o_proj),
                 # There is no Triton kernel of attention: it takes what suits it.
                 backend="auto" if self._backend == "triton" else self._backend,
                 **self._fused(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
             ),
-            MLP(
-                down_proj=self.linear(mlp.down_proj),
-                **self._fused(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+            mlp=mlp.having(
+                down_proj=self.linear(mlp.down_proj), **self._fused(mlp, inner, "gate_up_proj")
             ),
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
         )
 
     def _fused(self, module, names: tuple[str, ...], fused_name: str) -> dict:
-        """The projections of a module: one fused linear, or all parts where they cannot be fused."""
+        """The projections of a module: one fused linear, or all parts where they cannot be fused (or are one)."""
         fused = getattr(module, fused_name)
         if fused is not None:
             return {fused_name: self.linear(fused)}
         parts = {name: self._decoded(getattr(module, name)) for name in names}
-        fused = view.fuse(tuple(parts.values()))
+        fused = view.fuse(tuple(parts.values())) if len(parts) > 1 else None
         if fused is not None:
-            return {fused_name: self._packed(fused)}
+            return {fused_name: self._packed(fused), **dict.fromkeys(names)}
         return {name: self._packed(part) for name, part in parts.items()}
 
 

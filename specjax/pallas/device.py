@@ -17,6 +17,8 @@ SHARED_MEMORY = {
     (9, 0): 232448,
     (10, 0): 232448,
 }
+# Compute capabilities that there are kernels for.
+ARCHS = ((9, 0), (8, 0), (8, 6), (8, 7), (8, 9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,12 @@ def _at_hand() -> Gpu | None:
     )
 
 
-def unsupported(archs: tuple[tuple[int, int], ...]) -> str | None:
-    """Why no kernel for `archs` can run here, or None if one can: what an op's `refuses` asks first."""
+def unsupported() -> str | None:
+    """Why no kernel of this package can run here, or None if one can: what an op's `refuses` asks first."""
     gpu = current()
     if gpu is None:
         return "no NVIDIA GPU that Mosaic GPU can target"
-    if gpu.arch not in archs:
-        known = ", ".join(f"sm_{major}{minor}" for major, minor in archs)
+    if gpu.arch not in ARCHS:
+        known = ", ".join(f"sm_{major}{minor}" for major, minor in ARCHS)
         return f"{gpu.kind} is sm_{gpu.arch[0]}{gpu.arch[1]}; there are kernels for {known}"
     return None

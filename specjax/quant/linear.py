@@ -2,7 +2,7 @@
 
 Arrays are in Hugging Face orientation. Every importer produces it, every quantizer returns it,
 every exporter reads it, and models hold it in place of a dense linear. What the arrays mean is a
-formula per scheme, in `specjax.pallas.weights`.
+formula per format, in `specjax.pallas.matmul.formats`.
 """
 
 import dataclasses
@@ -14,28 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Real, Shaped
 
 from specjax import errors
-from specjax.pallas import dispatch, weights
-from specjax.pallas.matmul_fp4 import api as matmul_fp4
-from specjax.pallas.matmul_fp8 import api as matmul_fp8
-from specjax.pallas.matmul_w4a4 import api as matmul_w4a4
-from specjax.pallas.matmul_w4a8 import api as matmul_w4a8
-from specjax.pallas.matmul_w4a16 import api as matmul_w4a16
-from specjax.pallas.matmul_w8a8 import api as matmul_w8a8
-from specjax.pallas.matmul_w8a16 import api as matmul_w8a16
+from specjax.pallas import dispatch
+from specjax.pallas.matmul import api as matmul_op
+from specjax.pallas.matmul import reference
 from specjax.quant import activations
 from specjax.quant.scheme import ActivationSpec, Scheme, check_group_size
-
-_WEIGHT_ONLY = {4: matmul_w4a16.matmul, 8: matmul_w8a16.matmul}
-# (kind of both, bits of the weights, bits of the activations)
-_QUANTIZED = {
-    ("int", 4, 8): matmul_w4a8.matmul,
-    ("int", 4, 4): matmul_w4a4.matmul,
-    ("int", 8, 8): matmul_w8a8.matmul,
-    ("int", 8, 4): matmul_w8a8.matmul,
-    ("float", 8, 8): matmul_fp8.matmul,
-    ("float", 4, 8): matmul_fp4.matmul,
-    ("float", 4, 4): matmul_fp4.matmul,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +79,7 @@ class QuantizedLinear:
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "N K"]:
         """The weight in floats, rounded once to `dtype`; inputs in their original order."""
-        dense = weights.dequantize(self, dtype)
+        dense = reference.dequantize(self, dtype)
         return dense if self.perm is None else jnp.take(dense, jnp.argsort(self.perm), axis=1)
 
     def with_activations(self, spec: ActivationSpec | None) -> "QuantizedLinear":
@@ -141,15 +124,16 @@ def product(linear, weight, groups: int | None, x: Float[Array, "... K"]) -> Flo
         linear: has scheme, perm, bias and backend.
         groups: of the weight's minima; None where it has none.
     """
-    spec, bits = linear.scheme.activations, linear.scheme.weights.bits
+    spec = linear.scheme.activations
     if linear.perm is not None:
         x = jnp.take(x, linear.perm, axis=-1)
     if spec is None:
-        return _WEIGHT_ONLY[bits](x, weight, bias=linear.bias, backend=linear.backend)
+        return matmul_op.matmul(x, weight, bias=linear.bias, backend=linear.backend)
     rows = activations.quantize(x, spec, groups)
-    matmul = _QUANTIZED[spec.kind, bits, spec.bits]
-    return matmul(
-        *(rows.codes, rows.scale, weight),
+    return matmul_op.matmul(
+        rows.codes,
+        weight,
+        x_scale=rows.scale,
         x_sums=rows.sums,
         bias=linear.bias,
         out_dtype=x.dtype,
@@ -225,12 +209,12 @@ def _check_parts(linear: QuantizedLinear) -> None:
             f"found {', '.join(offsets) or 'none'}"
         )
     two_level = linear.channel_scales is not None
-    if two_level and (spec.levels == "single" or offsets == ["minima"]):
+    if two_level and (not spec.two_level or offsets == ["minima"]):
         raise errors.ConfigError(
             f"scheme {name} with {', '.join(offsets) or 'no zeros'} takes no channel_scales; "
             "only qqq, and qoq with zeros, have a second level"
         )
-    if not two_level and spec.levels != "single" and linear.scales.shape[1] > 1:
+    if not two_level and spec.two_level and linear.scales.shape[1] > 1:
         raise errors.ConfigError(
             f"scheme {name} with group_size={linear.group_size} needs channel_scales (second level)"
         )

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts
-from specjax.pallas.mosaic import implementations, packed
+from specjax.pallas.matmul import backends, packed
+from specjax.pallas.matmul.form import PackedWeight
 from specjax.quant import linear as canonical
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import ActivationSpec, Scheme
@@ -29,7 +30,7 @@ class PackedLinear:
         backend: static; which implementation of the op runs it.
     """
 
-    weight: packed.PackedWeight
+    weight: PackedWeight
     perm: Int[Array, "K"] | None = None
     bias: Float[Array, "N"] | None = None
     scheme: Scheme = dataclasses.field(metadata=dict(static=True))
@@ -52,23 +53,18 @@ class PackedLinear:
 
     def parts(self, x: Float[Array, "... K"]) -> Parts | None:
         """The product before its parts are added, for kernels that add them; None where it has no such form here."""
-        supported = device.unsupported(implementations.ARCHS) is None
+        supported = device.unsupported() is None
         mine = self.backend in ("auto", "mosaic") and x.dtype in (jnp.float16, jnp.bfloat16)
         plain = self.scheme.activations is None and self.bias is None
         rows = math.prod(x.shape[:-1])
-        if not (supported and mine and plain) or rows > implementations.MAX_ROWS:
+        if not (supported and mine and plain) or rows > backends.MAX_ROWS:
             return None
-        from specjax.pallas.mosaic import matmul
+        from specjax.pallas.matmul import mosaic
 
         if self.perm is not None:
             x = jnp.take(x, self.perm, axis=-1)
-        bits = self.scheme.weights.bits
-        sums = matmul.float_parts(
-            x.reshape(rows, -1),
-            self.weight,
-            name=f"matmul_w{bits}a16",
-            arch=device.current().arch,
-        )
+        rows = x.reshape(rows, -1)
+        sums = mosaic.float_parts(rows, self.weight, arch=device.current().arch)
         shape = (*x.shape[:-1], self.out_features)
         return None if sums is None else Parts(sums=sums, shape=shape, dtype=x.dtype)
 

@@ -13,9 +13,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from specjax import errors
+from specjax.pallas.matmul.formats import registry
+from specjax.pallas.matmul.formats.base import Format
 
 Kind = Literal["int", "float"]
-Levels = Literal["single", "qqq", "qoq"]
 
 _CODE_DTYPES = {
     ("int", 4, True): jnp.int4,
@@ -43,13 +44,13 @@ class WeightSpec:
             zeros or minima.
         levels: "single" multiplies codes by floating-point scales. "qqq" and "qoq" (integer, 4
             bits) may have a second level whose result is an int8 weight; the formulas are in
-            `specjax.pallas.weights`.
+            `specjax.pallas.matmul.formats`, and any other name is that of a format registered there.
     """
 
     kind: Kind = "int"
     bits: int
     symmetric: bool = True
-    levels: Levels = "single"
+    levels: str = "single"
 
     def __post_init__(self):
         if (self.kind, self.bits, self.symmetric) not in _CODE_DTYPES:
@@ -58,8 +59,7 @@ class WeightSpec:
                 "are not supported; supported: int 4 and 8 bits (symmetric or not), "
                 "float 4 and 8 bits (symmetric)"
             )
-        wanted = {"single": self.symmetric, "qqq": True, "qoq": False}.get(self.levels)
-        if wanted is not self.symmetric or (self.levels != "single" and self.bits != 4):
+        if registry.find(str(self.code_dtype), self.levels) is None:
             raise errors.ConfigError(
                 f"levels={self.levels!r} with bits={self.bits}, symmetric={self.symmetric} is not "
                 "supported; 'qqq' is symmetric 4 bits, 'qoq' asymmetric 4 bits, 'single' any"
@@ -69,6 +69,11 @@ class WeightSpec:
     def code_dtype(self) -> jnp.dtype:
         """The dtype of the codes: int4 and e2m1 arrays hold two per byte on the device."""
         return jnp.dtype(_CODE_DTYPES[self.kind, self.bits, self.symmetric])
+
+    @property
+    def two_level(self) -> bool:
+        """Scales of groups make int8 weights where there is more than one group."""
+        return registry.find(str(self.code_dtype), self.levels).two_level
 
     @property
     def code_range(self) -> tuple[float, float]:
@@ -177,17 +182,14 @@ class Scheme:
         return self.name
 
 
+def _weight_spec(format: Format) -> WeightSpec:
+    by_dtype = {jnp.dtype(dtype): key for key, dtype in _CODE_DTYPES.items()}
+    kind, bits, symmetric = by_dtype[jnp.dtype(format.code_dtype)]
+    return WeightSpec(kind=kind, bits=bits, symmetric=symmetric, levels=format.levels)
+
+
 def _all_schemes() -> dict[str, Scheme]:
-    weights = [
-        WeightSpec(bits=8),
-        WeightSpec(bits=8, symmetric=False),
-        WeightSpec(bits=4),
-        WeightSpec(bits=4, symmetric=False),
-        WeightSpec(bits=4, levels="qqq"),
-        WeightSpec(bits=4, symmetric=False, levels="qoq"),
-        WeightSpec(kind="float", bits=8),
-        WeightSpec(kind="float", bits=4),
-    ]
+    weights = [_weight_spec(format) for format in registry.formats()]
     specs = itertools.product((8, 4), ("float32", "float16"))
     activations = [
         ActivationSpec(kind=kind, bits=bits, scale_dtype=dtype, full_range=full)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import errors
-from specjax.pallas import dispatch, weights
+from specjax.pallas import dispatch
+from specjax.pallas.matmul import reference
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.packed_linear import PackedLinear
 from specjax.quant.scheme import Scheme, WeightSpec, lookup
 
-_ARRAYS_ALONG_N = ("codes", "scales", "zeros", "minima", "channel_scales", "bias")
+ARRAYS_ALONG_N = ("codes", "scales", "zeros", "minima", "channel_scales", "bias")
 
 
 def _is_quantized(node: Any) -> bool:
@@ -119,7 +120,7 @@ def expanded(linear: QuantizedLinear) -> QuantizedLinear:
     fits = spec is not None and spec.kind == "int" and linear.minima is None
     if not fits or linear.scheme.weights.bits == 8:
         return linear
-    codes, scales = weights.runtime(linear)
+    codes, scales = reference.runtime(linear)
     return QuantizedLinear(
         codes=codes,
         scales=scales,
@@ -175,7 +176,7 @@ def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinea
     ):
         return None
     parts = {}
-    for name in _ARRAYS_ALONG_N:
+    for name in ARRAYS_ALONG_N:
         if getattr(first, name) is not None:
             arrays = [getattr(linear, name) for linear in linears]
             on_host = all(isinstance(array, np.ndarray) for array in arrays)
@@ -186,7 +187,7 @@ def fuse(linears: Sequence[Linear | QuantizedLinear]) -> Linear | QuantizedLinea
 
 def _form(linear: QuantizedLinear) -> tuple:
     """What must be equal for two linears to be rows of one."""
-    arrays = [getattr(linear, name) for name in (*_ARRAYS_ALONG_N, "perm")]
+    arrays = [getattr(linear, name) for name in (*ARRAYS_ALONG_N, "perm")]
     dtypes = [None if array is None else array.dtype for array in arrays]
     return (linear.in_features, linear.scheme, linear.group_size, linear.backend, *dtypes)
 

@@ -1,7 +1,7 @@
 """The values that a quantized weight can take, and how they are fitted to a weight.
 
 A `Grid` holds what a scheme stores besides codes, one entry per output and group, and maps values
-to codes and back with the formulas of `specjax.pallas.weights`. Every quantizer (round to nearest,
+to codes and back with the formulas of `specjax.pallas.matmul.formats`. Every quantizer (round to nearest,
 GPTQ, with or without smoothing or rotation) differs only in which value it rounds; the grid is
 common to all of them and to all schemes.
 """

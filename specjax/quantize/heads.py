@@ -95,7 +95,8 @@ def rotate_head(
 
 def _matrix(target: base.Checkpoint, rotation: Rotation) -> Float[np.ndarray, "D D"]:
     gain = target.tensor("model.norm.weight", (target.config.hidden_size,))
-    return gain.astype(np.float64)[:, None] * rotation.residual
+    gain = gain.astype(np.float64) + target.config.norm_offset
+    return gain[:, None] * rotation.residual
 
 
 def _plain_ends(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from specjax import errors
 from specjax.models import cache as kv
 from specjax.models import layers as nn
-from specjax.models.llama import Llama, LlamaModel
+from specjax.models.llama import Llama
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.rotation import RotatedInput
@@ -56,13 +56,14 @@ def linears(layer: nn.DecoderLayer) -> dict[str, Any]:
     Raises:
         ConfigError: projections are fused (the model went through `prepare`).
     """
-    if layer.self_attn.q_proj is None or layer.mlp.gate_proj is None:
+    if layer.self_attn.q_proj is None or layer.mlp.up_proj is None:
         raise errors.ConfigError("the model's projections are fused; quantize it before `prepare`")
     found = {}
     for name in SITES:
         module, attribute = name.split(".")
         linear = getattr(getattr(layer, module), attribute)
-        found[name] = linear.linear if isinstance(linear, RotatedInput) else linear
+        if linear is not None:
+            found[name] = linear.linear if isinstance(linear, RotatedInput) else linear
     return found
 
 
@@ -74,17 +75,17 @@ def with_linears(layer: nn.DecoderLayer, replace: Callable[[str, Any], Any]) -> 
     def replaced(name: str):
         module, attribute = name.split(".")
         linear = getattr(getattr(layer, module), attribute)
+        if linear is None:  # a feed-forward without gate
+            return None
         if isinstance(linear, RotatedInput):
             return linear.with_linear(replace(name, linear.linear))
         return replace(name, linear)
 
     new = {name.split(".")[1]: replaced(name) for name in SITES}
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
-    return nn.DecoderLayer(
-        nn.Attention(layer.self_attn.config, **{name: new[name] for name in attention}),
-        nn.MLP(**{name: new[name] for name in new if name not in attention}),
-        layer.input_layernorm,
-        layer.post_attention_layernorm,
+    return layer.having(
+        self_attn=layer.self_attn.having(**{name: new[name] for name in attention}),
+        mlp=layer.mlp.having(**{name: new[name] for name in new if name not in attention}),
     )
 
 
@@ -97,7 +98,7 @@ def decoded(model: Llama) -> Llama:
         return Linear(linear.dequantize(jnp.float32), linear.bias)
 
     layers = [with_linears(layer, dense) for layer in model.model.layers]
-    inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
+    inner = model.model.having(layers=layers)
     return Llama(model.config, inner, dense("lm_head", model.lm_head), model.depth)
 
 
@@ -114,8 +115,9 @@ class _Tap:
 
 def _forward(layer: nn.DecoderLayer, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     config, (batch, length, _) = layer.self_attn.config, hidden.shape
-    block = nn.causal_block(jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch,), jnp.int32))
-    rope = nn.rope_tables(config.rope, config.head_dim, block.positions)
+    start = jnp.zeros((batch,), jnp.int32)
+    block = nn.causal_block(jnp.zeros((batch, length), jnp.int32), start, start + length)
+    rope = nn.tables_of(layer, nn.position_tables(config, block))
     cache = kv.init(config, batch, length, hidden.dtype)
     return layer(hidden, block, rope, cache.keys[0], cache.values[0])[0]
 
@@ -180,4 +182,6 @@ def advance(layer: nn.DecoderLayer, hidden: np.ndarray, batch_size: int) -> np.n
 
 def embed(model: Llama, tokens: np.ndarray) -> np.ndarray:
     """Float32 inputs of the first layer for token windows [S, T]."""
-    return np.asarray(model.model.embed_tokens(jnp.asarray(tokens)).astype(jnp.float32))
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return np.asarray(model.embed(tokens, positions).astype(jnp.float32))

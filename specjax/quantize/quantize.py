@@ -3,6 +3,7 @@ output.
 """
 
 import logging
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from specjax.errors import ConfigError
 from specjax.models import layers as nn
-from specjax.models.llama import Llama, LlamaModel
+from specjax.models.llama import Llama
 from specjax.quant import view
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
@@ -22,8 +23,6 @@ from specjax.quantize.recipe import Recipe
 from specjax.quantize.workdir import WorkDir
 
 _log = logging.getLogger(__name__)
-
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def quantize(
@@ -69,10 +68,10 @@ def quantize(
     for layer in bar:
         new, hidden = _quantize_layer(layer, recipe, hidden, batch_size, len(layers))
         if work is not None:
-            norms = {name: np.asarray(getattr(new, name).weight[...]) for name in _NORMS}
+            norms = {name: np.asarray(value) for name, value in _norm_arrays(new).items()}
             work.save_layer(len(layers), layerwise.linears(new), norms, hidden)
         layers.append(new)
-    inner = LlamaModel(model.model.embed_tokens, layers, model.model.norm)
+    inner = model.model.having(layers=layers)
     return Llama(model.config, inner, model.lm_head, model.depth)
 
 
@@ -94,12 +93,11 @@ def _finished(model: Llama, recipe: Recipe, work: WorkDir | None) -> list[nn.Dec
     """Layers that an earlier run finished."""
     done = []
     for index in range(0 if work is None else work.finished_layers()):
-        stored, norms = work.load_layer(index, list(SITES), recipe.scheme, recipe.group_size)
-        layer = layerwise.with_linears(model.model.layers[index], lambda name, _: stored[name])  # noqa: B023
-        for name, gain in norms.items():
-            old = getattr(layer, name)
-            setattr(layer, name, nn.RMSNorm(jnp.asarray(gain), old.eps, old.centered))
-        done.append(layer)
+        layer = model.model.layers[index]
+        names = list(layerwise.linears(layer))
+        stored, norms = work.load_layer(index, names, recipe.scheme, recipe.group_size)
+        layer = layerwise.with_linears(layer, lambda name, _: stored[name])  # noqa: B023
+        done.append(_with_norm_arrays(layer, norms))
     if done:
         _log.info("%d layers were finished by an earlier run", len(done))
     return done
@@ -164,12 +162,30 @@ def _float32(layer: nn.DecoderLayer) -> nn.DecoderLayer:
         bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
         return Linear(linear.weight[...].astype(jnp.float32), bias)
 
-    new = layerwise.with_linears(layer, cast)
-    for name in _NORMS:
-        old = getattr(layer, name)
-        gain = old.weight[...].astype(jnp.float32)
-        setattr(new, name, nn.RMSNorm(gain, old.eps, old.centered))
-    return new
+    arrays = {name: value.astype(jnp.float32) for name, value in _norm_arrays(layer).items()}
+    return _with_norm_arrays(layerwise.with_linears(layer, cast), arrays)
+
+
+def _norm_arrays(layer: nn.DecoderLayer) -> dict[str, Any]:
+    """Weights of the layer's norms by attribute, and biases by attribute and ".bias"."""
+    found = {}
+    for name, norm in layer.norms().items():
+        found[name] = norm.weight[...]
+        if isinstance(norm, nn.LayerNorm):
+            found[f"{name}.bias"] = norm.bias[...]
+    return found
+
+
+def _with_norm_arrays(layer: nn.DecoderLayer, arrays: dict[str, Any]) -> nn.DecoderLayer:
+    """The layer with the arrays of `_norm_arrays`."""
+    norms = {}
+    for name, norm in layer.norms().items():
+        weight = jnp.asarray(arrays[name])
+        if isinstance(norm, nn.LayerNorm):
+            norms[name] = nn.LayerNorm(weight, jnp.asarray(arrays[f"{name}.bias"]), norm.eps)
+        else:
+            norms[name] = nn.RMSNorm(weight, norm.eps, norm.centered, norm.offset)
+    return layer.having(**norms)
 
 
 def _runnable(layer: nn.DecoderLayer) -> nn.DecoderLayer:

@@ -7,6 +7,7 @@ from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
 from specjax.quant.scheme import Scheme
+from specjax.quantize import smoothquant
 from specjax.quantize.grid import ClipSearch
 
 Rounding = Literal["rtn", "gptq"]
@@ -156,6 +157,8 @@ def check_model(recipe: Recipe, config: ModelConfig) -> None:
             "the model's tokens skip layers (dynamic_* keys), and calibration runs all layers for all tokens; "
             "use method='rtn'"
         )
+    if recipe.smooth:
+        smoothquant.check_architecture(config, recipe.smooth_outputs)
     for name, width in _widths(config).items():
         schemes.check_group_size(width, recipe.group_size, name)
 

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from specjax import errors
+from specjax.config import ModelConfig
 from specjax.files import manifest
 from specjax.models import layers as nn
-from specjax.models.llama import Llama, LlamaModel
+from specjax.models.llama import Llama
 from specjax.quant import rotation as rotations
 from specjax.quant.dense_linear import Linear
 from specjax.quant.rotation import RotatedInput, Rotation
@@ -35,10 +36,14 @@ def rotate(model: Llama, rotation: Rotation) -> Llama:
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
     table = model.model.embed_tokens.weight[...].astype(jnp.float32)
     head = table if model.lm_head is None else model.lm_head.weight[...].astype(jnp.float32)
-    gain = model.model.norm.weight[...].astype(jnp.float32)
+    gain = model.model.norm.gain
     q = jnp.asarray(rotation.residual, jnp.float32)
     layers = [_rotate_layer(layer, rotation, q, config) for layer in model.model.layers]
-    inner = LlamaModel(nn.Embedding(_matmul(table, q)), layers, _unit_norm(model.model.norm))
+    inner = model.model.having(
+        embed_tokens=nn.Embedding(_matmul(table, q)),
+        layers=layers,
+        norm=_unit_norm(model.model.norm),
+    )
     return Llama(config, inner, Linear(_matmul(head * gain, q)), _rotate_routers(model.depth, q))
 
 
@@ -83,7 +88,22 @@ def _online(linear, left, right):
     return RotatedInput(linear=linear, left=array(left), right=array(right))
 
 
+def check_architecture(config: ModelConfig) -> None:
+    """Refuses models whose norms do not commute with a rotation of the residual stream.
+
+    Raises:
+        ConfigError: norms behind blocks scale single channels of what they add; LayerNorm removes a mean of channels.
+    """
+    if config.norm_placement != "before" or config.norm_kind != "rms":
+        raise errors.ConfigError(
+            f"{config.architecture} cannot be rotated: its norms (norm_placement = {config.norm_placement!r}, "
+            f"norm_kind = {config.norm_kind!r}) act on single channels of the residual stream; supported are RMS norms "
+            "before the blocks; drop rotate"
+        )
+
+
 def _check(model: Llama, rotation: Rotation) -> None:
+    check_architecture(model.config)
     width, head_dim = model.config.hidden_size, model.config.head_dim
     if rotation.residual.shape != (width, width):
         raise errors.ConfigError(
@@ -123,14 +143,14 @@ def _matmul(a, b):
 
 
 def _unit_norm(norm: nn.RMSNorm) -> nn.RMSNorm:
-    return nn.RMSNorm(jnp.ones(norm.weight.shape, jnp.float32), norm.eps, norm.centered)
+    return norm.with_gain(jnp.ones(norm.weight.shape, jnp.float32))
 
 
 def _rotate_layer(layer: nn.DecoderLayer, rotation: Rotation, q, config) -> nn.DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
 
     def from_stream(linear, norm):
-        gained = linear.weight[...].astype(jnp.float32) * norm.weight[...].astype(jnp.float32)
+        gained = linear.weight[...].astype(jnp.float32) * norm.gain
         return Linear(_matmul(gained, q), _bias(linear))
 
     def into_stream(weight, linear):
@@ -144,6 +164,9 @@ def _rotate_layer(layer: nn.DecoderLayer, rotation: Rotation, q, config) -> nn.D
     rotated = nn.DecoderLayer(
         nn.Attention(
             config,
+            kind=attention.kind,
+            q_norm=attention.q_norm,
+            k_norm=attention.k_norm,
             o_proj=into_stream(_rotated_weight(over_heads), attention.o_proj),
             q_proj=from_stream(attention.q_proj, before),
             k_proj=from_stream(attention.k_proj, before),
@@ -153,6 +176,7 @@ def _rotate_layer(layer: nn.DecoderLayer, rotation: Rotation, q, config) -> nn.D
             down_proj=into_stream(_rotated_weight(over_ffn), mlp.down_proj),
             gate_proj=from_stream(mlp.gate_proj, after),
             up_proj=from_stream(mlp.up_proj, after),
+            activation=mlp.activation,
         ),
         _unit_norm(before),
         _unit_norm(after),

@@ -10,6 +10,8 @@ feature for all query heads that share it) or of up_proj (in front of down_proj)
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from specjax.config import ModelConfig
+from specjax.errors import ConfigError
 from specjax.models import layers as nn
 from specjax.quant import activations
 from specjax.quant.dense_linear import Linear
@@ -84,19 +86,17 @@ def smooth(
         name: None if linear.bias is None else linear.bias[...]
         for name, linear in linears(layer).items()
     }
-    gains = {
-        "qkv": layer.input_layernorm.weight[...],
-        "gate_up": layer.post_attention_layernorm.weight[...],
-    }
+    before = {"qkv": layer.input_layernorm, "gate_up": layer.post_attention_layernorm}
+    shrunk = {}
     smoothed = dict(statistics)
     rotated = {
         "o": isinstance(layer.self_attn.o_proj, RotatedInput),
         "down": isinstance(layer.mlp.down_proj, RotatedInput),
     }
     for site, found in statistics.items():
-        if site not in gains and (not outputs or rotated[site]):
+        if site not in before and (not outputs or rotated[site]):
             continue
-        names = [name for name in SITES if SITES[name] == site]
+        names = [name for name in dense if SITES[name] == site]
         weights = [dense[name] for name in names]
         a = best_strength(weights, found, scheme, group_size) if strength is None else strength
         if a is None:
@@ -105,8 +105,8 @@ def smooth(
         if site == "o":
             amax, weight_amax = (_shared(layer, values) for values in (amax, weight_amax))
         s = factors(amax, weight_amax, a)
-        if site in gains:
-            gains[site] = gains[site] / s
+        if site in before:
+            shrunk[site] = s
         else:
             _divide_producer(site, layer, dense, biases, s)
         for name in names:
@@ -116,9 +116,34 @@ def smooth(
         )
     result = with_linears(layer, lambda name, _: Linear(dense[name], biases[name]))
     for attribute, site in (("input_layernorm", "qkv"), ("post_attention_layernorm", "gate_up")):
-        norm = getattr(layer, attribute)
-        setattr(result, attribute, nn.RMSNorm(gains[site], norm.eps, norm.centered))
+        if site in shrunk:
+            setattr(result, attribute, _divided(before[site], shrunk[site]))
     return result, smoothed
+
+
+def check_architecture(config: ModelConfig, outputs: bool) -> None:
+    """Refuses models whose linears read something that cannot be divided feature by feature.
+
+    Raises:
+        ConfigError: no norm stands before the blocks, or a nonlinearity stands before down_proj.
+    """
+    if config.norm_placement == "after":
+        raise ConfigError(
+            f"{config.architecture} cannot be smoothed: norm_placement = 'after' leaves no norm before its linears "
+            "that could take the factors; use method='gptq' or 'rtn'"
+        )
+    if outputs and not config.gated_mlp:
+        raise ConfigError(
+            f"{config.architecture} cannot be smoothed in front of down_proj: gated_mlp = false leaves a nonlinearity "
+            "between it and up_proj; use method='gptq' or 'rtn'"
+        )
+
+
+def _divided(norm: nn.Norm, s: Float[Array, "K"]) -> nn.Norm:
+    """The norm with its outputs divided by s."""
+    if isinstance(norm, nn.LayerNorm):
+        return nn.LayerNorm(norm.weight[...] / s, norm.bias[...] / s, norm.eps)
+    return norm.with_gain(norm.gain / s)
 
 
 def _shared(layer: nn.DecoderLayer, values: Float[Array, "K"]) -> Float[Array, "K"]:

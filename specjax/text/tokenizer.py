@@ -8,19 +8,19 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specjax.errors import CheckpointError, ConfigError
-from specjax.text import vocabulary
+from specjax.errors import ConfigError, SpecjaxError
+from specjax.text import chat, directory, special_ids, vocabulary
+from specjax.text.detokenize import StreamDecoder
+
+_log = logging.getLogger(__name__)
 
 # One of these must be there, in the order of preference.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def load(
@@ -47,43 +47,33 @@ def load(
     return None
 
 
+def load_or_defer(
+    path: Path, checkpoint: Any = None, chat_template: str | None = None
+) -> "Tokenizer | Unreadable | None":
+    """As `load`, but the error of a tokenizer that cannot be built is raised where text is first needed."""
+    try:
+        return load(path, checkpoint, chat_template)
+    except SpecjaxError as error:
+        if chat_template is not None:
+            raise
+        return Unreadable(error)
+
+
 def from_directory(path: Path, chat_template: str | None = None) -> "Tokenizer":
     """Reads tokenizer.json, else tokenizer.model, else vocab.json; raises as `load`."""
     with _quiet_transformers():
         if (path / "tokenizer.json").is_file() or not (path / "tokenizer.model").is_file():
-            return _read(path, str(path), chat_template)
-        with tempfile.TemporaryDirectory() as folder:
-            _convert_sentencepiece(path, Path(folder))
-            return _read(Path(folder), str(path), chat_template)
-
-
-def _read(path: Path, source: str, chat_template: str | None) -> "Tokenizer":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # AutoTokenizer would rebuild some models' pipelines by their class: the file itself is what counts.
-    reader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        tokenizer = reader.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the readers raise whatever their parsers do
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{source}: the tokenizer cannot be read: {reason}") from error
-    return Tokenizer(tokenizer, source, chat_template)
-
-
-def _convert_sentencepiece(path: Path, target: Path) -> None:
-    """Writes the tokenizer.json that a directory's tokenizer.model amounts to, and its settings."""
-    config = path / "tokenizer_config.json"
-    try:
-        stated = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        add_bos = bool(stated.get("add_bos_token", True))
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: not a JSON object: {error}") from error
-    backend, specials = vocabulary.from_sentencepiece(path / "tokenizer.model", add_bos)
-    backend.save(str(target / "tokenizer.json"))
-    (target / config.name).write_text(json.dumps({**specials, **stated}), encoding="utf-8")
-    for name in ("special_tokens_map.json", "chat_template.jinja"):
-        if (path / name).is_file():
-            shutil.copy(path / name, target)
+            tokenizer = directory.read(path, path)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                directory.convert_sentencepiece(path, Path(folder))
+                tokenizer = directory.read(Path(folder), path)
+    found = Tokenizer(tokenizer, str(path), chat_template)
+    # Files of models that do not chat, or chat otherwise, may have such tokens for other purposes.
+    template = found.chat_template or ""
+    added = {token: i for token, i in tokenizer.get_added_vocab().items() if token in template}
+    found.end_ids += tuple(i for i in special_ids.ends(added) if i not in found.end_ids)
+    return found
 
 
 def from_gguf(
@@ -96,7 +86,11 @@ def from_gguf(
     backend, specials = vocabulary.from_gguf(metadata, source)
     own = metadata.get("tokenizer.chat_template")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=own, **specials)
-    return Tokenizer(tokenizer, source, chat_template)
+    found = Tokenizer(tokenizer, source, chat_template)
+    # As llama.cpp does, whatever the template: files often name the end of documents only.
+    added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
+    found.end_ids += tuple(i for i in special_ids.ends(added) if i not in found.end_ids)
+    return found
 
 
 class Tokenizer:
@@ -105,8 +99,10 @@ class Tokenizer:
     Attributes:
         source: the file or directory it was read from.
         vocab_size: number of tokens; a model may pad its embedding beyond it.
-        bos_token_id, eos_token_id: as the tokenizer states; what ends a generation is
-            `ModelConfig.eos_token_ids`.
+        bos_token_id, eos_token_id: as the tokenizer states.
+        end_ids: its EOS and the ends of turns that it knows by name; what ends a generation is
+            `LoadedModel.stop_ids`.
+        special_tokens: those that have no text, by id.
         chat_template: Jinja text, or None.
     """
 
@@ -121,9 +117,16 @@ class Tokenizer:
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.end_ids: tuple[int, ...] = () if self.eos_token_id is None else (self.eos_token_id,)
+        added = self._backend.get_added_tokens_decoder()
+        self.special_tokens: dict[int, str] = {
+            i: token.content for i, token in added.items() if token.special
+        }
+        self._templates: tuple[str, ...] = ()
         own = tokenizer.chat_template
         if isinstance(own, dict):
-            own = own.get("default")
+            self._templates = tuple(own)
+            own = own.get("default") if len(own) > 1 else next(iter(own.values()), None)
         self.chat_template: str | None = own if chat_template is None else chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -133,46 +136,76 @@ class Tokenizer:
             text: raw text, no chat template.
             add_special_tokens: add what the model's tokenizer puts around a text (usually BOS).
         """
+        unicode_text("the text", text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> "StreamDecoder":
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self._backend, skip_special_tokens)
+    def stream_decoder(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> StreamDecoder:
+        """A decoder for ids that arrive one by one behind a prompt."""
+        skipped = self.special_tokens if skip_special_tokens else ()
+        return StreamDecoder(self._backend, prompt, skipped)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins to speak; see `render_chat`."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+    def piece(self, token_id: int) -> str:
+        """Text of one token within a text: blanks stay, special tokens are written out, a lone byte is U+FFFD."""
+        decoder = self.stream_decoder(self.encode("a", False), skip_special_tokens=False)
+        return decoder.step(token_id) + decoder.finish()
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Text of a conversation, up to where the assistant begins to speak, special tokens written out.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation; see `render_chat`."""
+        text = self.render_chat(messages, add_generation_prompt, continue_final_message)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> str:
+        """Text of a conversation, special tokens written out.
 
         Args:
-            messages: {"role": "system" | "user" | "assistant", "content": text} in order.
+            messages: {"role": "system" | "user" | "assistant" | ..., "content": text, or parts of text} in order.
+            add_generation_prompt: end where the assistant begins to speak; default: unless the last message goes on.
+            continue_final_message: end with the last message's text, so that it is continued.
         Raises:
-            ConfigError: no messages, no template, or a template that fails or refuses the messages.
+            ConfigError: malformed or no messages, no template, a template that fails or refuses the messages, or both
+                of the flags.
         """
-        if not messages:
-            raise ConfigError("messages is empty: a conversation needs at least one message")
+        checked = chat.messages(messages)
+        opened = chat.generation_prompt(add_generation_prompt, continue_final_message)
         if self.chat_template is None:
             raise ConfigError(
-                f"{self.source} has no chat template, so messages cannot be rendered: give one with "
+                f"{self._lack_of_template()}, so messages cannot be rendered: give one with "
                 "--chat_template=FILE (Jinja), or pass raw text or input_ids"
             )
         import jinja2
 
         try:
             return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                checked,
                 chat_template=self.chat_template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=opened,
+                continue_final_message=continue_final_message,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"the chat template of {self.source} failed: {error}") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"the chat template of {self.source} failed: {reason}") from error
+
+    def _lack_of_template(self) -> str:
+        if not self._templates:
+            return f"{self.source} has no chat template"
+        return f"{self.source} has the chat templates {', '.join(self._templates)} and none is 'default'"
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template into a folder."""
@@ -184,6 +217,19 @@ class Tokenizer:
         pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges", ())]
         return self._backend.get_vocab(with_added_tokens=True), ["".join(pair) for pair in pairs]
 
+    def conflict(self, other: "Tokenizer") -> tuple[int, str, str] | None:
+        """An id that is one token here and another one in `other`, with both; None if there is none."""
+        mine = {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+        theirs = other._backend.get_vocab(with_added_tokens=True)
+        return next(
+            (
+                (i, mine[i], token)
+                for token, i in sorted(theirs.items(), key=lambda item: item[1])
+                if mine.get(i, token) != token
+            ),
+            None,
+        )
+
     def digest(self) -> str:
         """SHA-256 over the (id, token) pairs: equal where ids mean the same tokens."""
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -191,44 +237,47 @@ class Tokenizer:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-class StreamDecoder:
-    """Decodes ids one by one: no halves of UTF-8 characters, no lost spaces.
+class Unreadable:
+    """Stands for a tokenizer that cannot be built: whatever is asked of it raises the error that says why.
 
-    The pieces that `step` and `finish` return, joined, are `Tokenizer.decode` of all ids.
+    Attributes:
+        error: that error.
     """
 
-    def __init__(self, backend: Any, skip_special_tokens: bool):
-        from tokenizers.decoders import DecodeStream
+    def __init__(self, error: SpecjaxError):
+        self.error = error
+        self._said = False
 
-        self._backend = backend
-        self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
-        self._skipped = frozenset(i for i, token in added.items() if token.special)
-        self._held: list[int] = []
-        self._ids: list[int] = []
-        self._emitted = 0
+    def warn(self) -> None:
+        """Logs, once, that there are token ids but no text, and why."""
+        if not self._said:
+            _log.warning("results have token ids and no text: %s", self.error)
+        self._said = True
 
-    def step(self, token_id: int) -> str:
-        """Takes one id; returns the text that it completes, "" while a character is open."""
-        if token_id in self._skipped:
-            return ""
-        self._ids.append(token_id)
-        self._held.append(token_id)
-        # A run of byte tokens decodes as a whole (one wrong byte spoils all), so it waits for its end.
-        if _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or ""):
-            return ""
-        text = self._stream.step(self._backend, self._held) or ""
-        self._held = []
-        self._emitted += len(text)
-        return text
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self.error
 
-    def finish(self) -> str:
-        """What is left when no more ids come: held bytes, an incomplete character as U+FFFD."""
-        text = self._backend.decode(self._ids, skip_special_tokens=self._skip)
-        rest = text[self._emitted :]
-        self._emitted = len(text)
-        return rest
+
+def unicode_text(name: str, text: str) -> str:
+    """The text, if it is Unicode.
+
+    Raises:
+        ConfigError: it has half a surrogate pair, as JSON escapes and wrongly decoded bytes may leave; `name` is named.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} is not Unicode: half a surrogate pair, {text[error.start]!r}, at character {error.start}"
+        ) from None
+    return text
+
+
+def usable(tokenizer: Any) -> "Tokenizer | None":
+    """The tokenizer of a model, None where there is none that could be built."""
+    return None if isinstance(tokenizer, Unreadable) else tokenizer
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from specjax.errors import CheckpointError, ConfigError
+from specjax.text import special_ids
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ def from_gguf(metadata: Mapping[str, Any], source: str):
         types = [_CONTROL if token in specials.values() else _NORMAL for token in tokens]
     if len(types) != len(tokens):
         raise CheckpointError(f"{source}: {len(tokens)} tokens, but {len(types)} token types")
+    types = _with_ends(tokens, types, source)
     match keys.get("model"):
         case "gpt2":
             cut = _cut(keys.get("pre"), source)
@@ -128,17 +131,31 @@ def from_gguf(metadata: Mapping[str, Any], source: str):
     return backend, specials
 
 
-def from_sentencepiece(path: Path, add_bos: bool = True):
+def from_sentencepiece(
+    path: Path,
+    *,
+    add_bos: bool = True,
+    add_eos: bool = False,
+    specials: Mapping[str, str | None] = MappingProxyType({}),
+    spaces: str | None = None,
+    added: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+):
     """The pipeline of a SentencePiece model file (tokenizer.model): BPE without text normalization.
 
     Args:
-        add_bos: put BOS before a text.
+        add_bos, add_eos: put BOS before a text, EOS behind it.
+        specials: special tokens by their Hugging Face names, where they are not the model's own; None: there is none.
+        spaces: where a text that begins without a space gets one: "first", "always" (behind every special token too)
+            or "never"; None: SentencePiece's own rule, which asks the model, and adds one to a text that has one.
+        added: tokens by id, as fields of `tokenizers.AddedToken`; they replace the model's own of the same id.
     Returns:
         (tokenizers.Tokenizer, special tokens by their Hugging Face names).
     Raises:
         ConfigError: another kind of model, or a needed package is missing.
-        CheckpointError: the file is not a SentencePiece model.
+        CheckpointError: the file is not a SentencePiece model, or the added tokens contradict it.
     """
+    from tokenizers import pre_tokenizers
+
     proto = _read_sentencepiece(path)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != _SENTENCEPIECE_BPE or normalizer.precompiled_charsmap:
@@ -147,16 +164,29 @@ def from_sentencepiece(path: Path, add_bos: bool = True):
             f"{normalizer.name!r}: only BPE (2) without normalization is supported; add tokenizer.json"
         )
     tokens = [piece.piece for piece in proto.pieces]
+    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
+    own = {f"{name}_token": tokens[i] for name, i in ids.items() if 0 <= i < len(tokens)}
+    space = normalizer.add_dummy_prefix if spaces is None else spaces != "never"
     backend = _sentencepiece(
         tokens,
         [piece.type for piece in proto.pieces],
         [piece.score for piece in proto.pieces],
-        normalizer.add_dummy_prefix,
+        space,
         str(path),
+        added,
     )
-    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
-    specials = {f"{name}_token": tokens[i] for name, i in ids.items() if 0 <= i < len(tokens)}
-    _add_ends(backend, specials.get("bos_token") if add_bos else None, None)
+    if spaces is not None:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, spaces, split=False)
+    specials = {name: token for name, token in {**own, **specials}.items() if token is not None}
+    ends = [
+        token if wanted and backend.token_to_id(token or "") is not None else None
+        for token, wanted in (
+            (specials.get("bos_token"), add_bos),
+            (specials.get("eos_token"), add_eos),
+        )
+    ]
+    _add_ends(backend, *ends)
     return backend, specials
 
 
@@ -192,6 +222,20 @@ def _specials(keys: Mapping[str, Any], tokens: Sequence[str], source: str) -> di
             )
         specials[name] = tokens[i]
     return specials
+
+
+def _with_ends(tokens: Sequence[str], types: Sequence[int], source: str) -> Sequence[int]:
+    """The types, in which unmistakable ends of turns are control tokens, whatever the file calls them."""
+    wrong = {
+        i
+        for i, token in enumerate(tokens)
+        if token in special_ids.UNMISTAKABLE and types[i] in (_NORMAL, _USER_DEFINED)
+    }
+    if not wrong:
+        return types
+    names = ", ".join(tokens[i] for i in sorted(wrong))
+    _log.warning("%s: %s: taken as control tokens, which the file does not say", source, names)
+    return [_CONTROL if i in wrong else kind for i, kind in enumerate(types)]
 
 
 def _required(keys: Mapping[str, Any], key: str, source: str) -> Any:
@@ -243,6 +287,7 @@ def _sentencepiece(
     scores: Sequence[float],
     add_space: bool,
     source: str,
+    added: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
 ):
     """SentencePiece merges the best-scored adjacent pair first: merges ordered by score say the same.
 
@@ -262,6 +307,7 @@ def _sentencepiece(
         tokens,
         types,
         source,
+        added,
     )
     prefix = [normalizers.Prepend(_SPACE)] if add_space else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
@@ -285,23 +331,58 @@ def _merges(
     return [(left, right) for *_, left, right in sorted(found)]
 
 
-def _backend(model, tokens: Sequence[str], types: Sequence[int], source: str):
-    """A pipeline around `model(vocab)` in which control and user-defined tokens are cut out of text first."""
+def _backend(
+    model,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    source: str,
+    added: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+):
+    """A pipeline around `model(vocab)` in which control, user-defined and added tokens are cut out of text first."""
     import tokenizers
 
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
         raise CheckpointError(f"{source}: token {twice!r} stands in the vocabulary more than once")
+    vocab = _renamed(vocab, tokens, added, source)
     try:
         backend = tokenizers.Tokenizer(model(vocab))
     except Exception as error:
         raise CheckpointError(f"{source}: the vocabulary is inconsistent: {error}") from error
-    kinds = list(zip(tokens, types, strict=True))
+    kinds = [
+        (token, kind)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if i not in added
+    ]
     make = lambda token, special: tokenizers.AddedToken(token, special=special, normalized=False)
     backend.add_special_tokens([make(t, True) for t, k in kinds if k in (_CONTROL, _UNKNOWN)])
     backend.add_tokens([make(t, False) for t, k in kinds if k == _USER_DEFINED])
+    # Looked for in the text itself: the normalizer would put a space before their names too.
+    names = ("content", "single_word", "lstrip", "rstrip", "special")
+    for _, fields in sorted(added.items()):
+        given = {name: fields[name] for name in names if name in fields}
+        backend.add_tokens([tokenizers.AddedToken(**given, normalized=False)])
     return backend
+
+
+def _renamed(
+    vocab: dict[str, int],
+    tokens: Sequence[str],
+    added: Mapping[int, Mapping[str, Any]],
+    source: str,
+) -> dict[str, int]:
+    """The vocabulary with added tokens at their ids, which may lie in it or beyond it and leave gaps."""
+    for i, fields in added.items():
+        token = fields["content"]
+        if vocab.get(token, i) != i:
+            raise CheckpointError(
+                f"{source}: token {token!r} is number {vocab[token]}, and {i} among the added tokens"
+            )
+        if i < len(tokens) and tokens[i] != token:
+            del vocab[tokens[i]]
+        vocab[token] = i
+    return vocab
 
 
 def _add_ends(backend, bos: str | None, eos: str | None) -> None:

@@ -1,6 +1,5 @@
 """Untrained draft heads of a target's shape."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.config import ModelConfig
+from specjax.config import ModelConfig, RopeConfig
 from specjax.errors import ConfigError
 from specjax.models import eagle, eagle3, layers, medusa
 from specjax.models.llama import Llama
@@ -22,13 +21,26 @@ _RIDGE = 3e-3
 
 def head_config(target: ModelConfig) -> ModelConfig:
     """Configuration of an EAGLE head: one layer of the target's shape."""
-    return dataclasses.replace(
-        target,
+    whole = target.rope.rotary_fraction == 1 and not target.rope.interleaved
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
         num_layers=1,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        rms_norm_eps=target.rms_norm_eps,
+        rope=target.rope if whole else RopeConfig(theta=target.rope.theta),
+        tie_word_embeddings=False,
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        tie_word_embeddings=False,
+        max_position_embeddings=target.max_position_embeddings,
+        bos_token_id=target.bos_token_id,
+        eos_token_ids=target.eos_token_ids,
+        dtype=target.dtype,
     )
 
 

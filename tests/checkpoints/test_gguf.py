@@ -225,7 +225,7 @@ def test_equals_the_hugging_face_checkpoint_it_was_made_from(tmp_path):
         "llama.context_length": config.max_position_embeddings,
     }
     loaded = gguf.open_file(write(tmp_path / "m.gguf", metadata, converted))
-    fields = vars(loaded.config) | {"rms_norm_eps": config.rms_norm_eps}
+    fields = vars(loaded.config) | {"source": config.source} | {"rms_norm_eps": config.rms_norm_eps}
     assert fields == vars(config)
     for name in original.source.names():
         expected = original.source.read(name)

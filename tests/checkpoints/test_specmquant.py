@@ -35,7 +35,7 @@ def test_fixture_weights_match_the_golden(name, count):
 )
 def test_conversion_equals_its_source(converted, source):
     ours, theirs = (folders.build(open_checkpoint(paths.fixture(n))) for n in (converted, source))
-    for layer in range(2):
+    for layer in range(ours.config.num_layers):
         for leaf in folders.LEAVES:
             parent = "mlp" if leaf in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             prefix = f"model.layers.{layer}.{parent}.{leaf}"

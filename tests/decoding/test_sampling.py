@@ -166,3 +166,41 @@ def test_filters_are_static_and_only_on_where_they_do_something():
     assert not sample.sampling(1.0).filtered
     assert sample.sampling(1.0, top_k=3).filtered
     assert sample.sampling(1.0, top_p=0.9).filtered
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 2**70}])
+def test_tiny_temperatures_are_greedy_and_huge_ones_flat(settings):
+    logits = np.random.default_rng(0).standard_normal((3, VOCAB)).astype(np.float32) * 30
+    for temperature in (1e-7, 1e-9, 1e-10, 1e-30, 1e-38, 1e-45, 5e-324):
+        found = probabilities(jnp.asarray(logits), sample.sampling(temperature, **settings))
+        np.testing.assert_array_equal(found, np.eye(VOCAB)[logits.argmax(-1)], str(temperature))
+    kept = settings.get("top_k", VOCAB)
+    for temperature in (1e20, 1e38, 1e300):
+        found = probabilities(jnp.asarray(logits), sample.sampling(temperature, **settings))
+        expected = np.sort(np.where(np.arange(VOCAB) < min(kept, VOCAB), 1 / min(kept, VOCAB), 0))
+        if "top_p" not in settings:
+            np.testing.assert_allclose(np.sort(found, -1), np.tile(expected, (3, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-40, 5e-324])
+def test_the_smallest_top_p_keeps_the_most_likely_token(top_p):
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal(VOCAB), jnp.float32)
+    found = probabilities(logits, sample.sampling(1.0, top_p=top_p))
+    np.testing.assert_array_equal(found, np.eye(VOCAB)[int(logits.argmax())])
+
+
+def test_every_seed_has_a_stream_of_its_own():
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**64 + 1, 10**30]
+    seeds += [-1, -2, -(2**31), -(2**32), -(2**63), -(2**64) - 1]
+    keys = {tuple(np.asarray(sample.request_keys(seed, [0]))[0].tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    for seed in (0, 1, 12345, 2**31 - 1):
+        usual = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 4))
+        assert (np.asarray(sample.request_keys(seed, [4]))[0] == np.asarray(usual)).all()
+
+
+@pytest.mark.parametrize("value", ["1", None, True, 1 + 2j])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"{name}="):
+        sample.sampling(**{name: value})

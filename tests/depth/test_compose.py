@@ -11,7 +11,7 @@ import pytest
 
 import specjax
 from experiments import bench_decode, generate
-from experiments.shared import common
+from experiments.shared import common, flags_model
 from specjax import verify
 from specjax.checkpoints import export
 from specjax.decoding import sampling as sample
@@ -257,4 +257,4 @@ def test_flags(folders, tmp_path, capsys):
         )
         bench_decode.main(values)
     usual = common.parse(generate.define_flags, ["--model=m"])
-    assert common.model_config(usual)["depth"] is None
+    assert flags_model.model_config(usual)["depth"] is None

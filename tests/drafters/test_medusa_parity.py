@@ -94,8 +94,10 @@ def test_head_logits_are_upstreams():
         return target.logits(out.hidden)[0], network(features[0])
 
     base, found = logits(target, network, jnp.asarray(data["p0.input_ids"])[None])
-    assert np.abs(np.asarray(base) - data["p0.base_logits"]).max() <= TOLERANCE
-    assert np.abs(np.asarray(found).swapaxes(0, 1) - data["p0.medusa_logits"]).max() <= TOLERANCE
+    rows = data["p0.base_logits"].shape[0]
+    base, found = np.asarray(base)[:rows], np.asarray(found).swapaxes(0, 1)[:, :rows]
+    assert np.abs(base - data["p0.base_logits"]).max() <= TOLERANCE
+    assert np.abs(found - data["p0.medusa_logits"]).max() <= TOLERANCE
 
 
 @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -71,10 +71,10 @@ def test_steps_say_what_became_of_the_drafts(name):
 def test_steps_are_told_as_text():
     [first, _] = results("planned")
     for step in first.metrics.trace:
-        decode = lambda ids: model().tokenizer.decode(ids, skip_special_tokens=False)
-        assert step.drafted_text == tuple(decode([i]) for i in step.drafted)
+        piece = model().tokenizer.piece
+        assert step.drafted_text == tuple(piece(i) for i in step.drafted)
         assert step.accepted_text == step.drafted_text[: len(step.accepted)]
-        assert step.token_text == decode([step.token])
+        assert step.token_text == piece(step.token)
     row = first.to_dict()["trace"][0]
     assert {"drafted", "accepted", "token", "kind", "token_text"} <= row.keys()
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from experiments import bench_decode
-from experiments.shared import common, roofline
+from experiments.shared import common, flags_model, methods, roofline
 from specjax.errors import ConfigError
 from tests import paths
 
@@ -105,7 +105,7 @@ def test_speedups_over_plain_decoding_in_another_dtype(run, tiny, prompts, tmp_p
 
 def test_a_step_reads_all_weights_but_one_embedding_row(tiny):
     values = common.parse(bench_decode.define_flags, [f"--model={tiny}", "--prompts_file=p"])
-    model = common.load_model(values)
+    model = flags_model.load_model(values)
     config = model.config
     layer = config.hidden_size * (2 * 256 + 2 * 128 + 3 * config.intermediate_size + 2)
     weights = config.num_layers * layer + config.hidden_size * (config.vocab_size + 2)
@@ -128,7 +128,7 @@ def test_bad_specs_are_refused(tmp_path, content, message):
     specs.write_text(content)
     arguments = ["--model=m", "--prompts_file=p", f"--drafters_file={specs}"]
     with pytest.raises(ConfigError, match=message):
-        bench_decode._specs(common.parse(bench_decode.define_flags, arguments))
+        methods.chosen(common.parse(bench_decode.define_flags, arguments))
 
 
 def test_bad_input_exits_with_a_message(run, tiny, prompts, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 
 from experiments import generate
-from experiments.shared import common, environment
+from experiments.shared import common, environment, flags_drafter, flags_model, naming
 from specjax.errors import ConfigError
 from tests import paths
 
@@ -39,7 +39,7 @@ def _values(*arguments: str) -> flags.FlagValues:
     ],
 )
 def test_a_spec_is_made_of_flags(arguments, spec):
-    assert common.drafter_spec(_values(*arguments)) == spec
+    assert flags_drafter.spec(_values(*arguments)) == spec
 
 
 @pytest.mark.parametrize(
@@ -58,29 +58,29 @@ def test_a_spec_is_made_of_flags(arguments, spec):
 )
 def test_a_wrong_spec_names_the_flag_or_option(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        common.drafter_spec(_values(*arguments))
+        flags_drafter.spec(_values(*arguments))
 
 
 def test_full_spec_writes_out_defaults():
-    spec = common.full_spec({"kind": "ngram", "draft_depth": 3})
+    spec = naming.full_spec({"kind": "ngram", "draft_depth": 3})
     assert spec["draft_depth"] == 3
     assert spec["ngram_max"] >= spec["ngram_min"]
-    assert common.full_spec({"kind": "lm", "model": "DIR"})["model"] == "DIR"
+    assert naming.full_spec({"kind": "lm", "model": "DIR"})["model"] == "DIR"
 
 
 def test_label_shows_what_was_given():
-    assert common.label({"kind": "ngram"}) == "ngram"
-    assert common.label({"kind": "ngram", "draft_depth": 3}) == "ngram(draft_depth=3)"
+    assert naming.label({"kind": "ngram"}) == "ngram"
+    assert naming.label({"kind": "ngram", "draft_depth": 3}) == "ngram(draft_depth=3)"
 
 
 def test_self_speculation_under_another_scheme_keeps_the_codes():
     self_spec = {"kind": "self", "scheme": "w4a4"}
-    assert common.dequantize(_values(), [{"kind": "none"}, self_spec]) == "never"
-    assert common.dequantize(_values(), [{"kind": "self"}, {"kind": "ngram"}]) == "auto"
-    assert common.dequantize(_values("--dequantize=load"), [self_spec]) == "load"
+    assert flags_model.dequantize(_values(), [{"kind": "none"}, self_spec]) == "never"
+    assert flags_model.dequantize(_values(), [{"kind": "self"}, {"kind": "ngram"}]) == "auto"
+    assert flags_model.dequantize(_values("--dequantize=load"), [self_spec]) == "load"
     # Its target is the model in the middle.
     nested = {"kind": "hierarchical", "model": "m", "inner": self_spec}
-    assert common.dequantize(_values(), [nested]) == "auto"
+    assert flags_model.dequantize(_values(), [nested]) == "auto"
 
 
 def test_importing_binaries_defines_no_flags():

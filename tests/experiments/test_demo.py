@@ -1,7 +1,7 @@
 import pytest
 
 from experiments import demo
-from experiments.shared import records
+from experiments.shared import prompt_files
 
 
 def test_the_demo_compares_drafters(run, tiny, write_rows):
@@ -30,4 +30,4 @@ def test_a_changed_text_is_an_error(run, tiny, write_rows, monkeypatch):
 
 
 def test_the_built_in_prompts_are_read():
-    assert len(records.read_prompts(demo._PROMPTS)) == 3
+    assert len(prompt_files.read_prompts(demo._PROMPTS)) == 3

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from experiments import bench_decode, benchmarks, evaluate, generate, similarity
-from experiments.shared import common, preset
+from experiments.shared import common, flags_drafter, preset
 from specjax.drafters import registry
 from specjax.errors import ConfigError
 from specjax.quant import scheme as schemes
@@ -56,7 +56,7 @@ def test_published_parameters(name, spec):
     arguments = ["--model=DIR", f"--preset={name}"]
     arguments += ["--draft_checkpoint=HEAD"] if "model" in spec else []
     arguments += ["--inner_checkpoint=INNER"] if "inner" in spec else []
-    assert common.drafter_spec(_applied(*arguments)) == spec
+    assert flags_drafter.spec(_applied(*arguments)) == spec
 
 
 def test_all_configurations_of_the_reference_are_there():
@@ -81,7 +81,7 @@ def test_every_preset_makes_a_valid_configuration(name):
     given += ["--inner_checkpoint=DIR"] if inner else []
     values = _applied(f"--preset={name}", "--output=x", *given, binary=binary)
     if binary is evaluate:
-        spec = common.drafter_spec(values)
+        spec = flags_drafter.spec(values)
         registry.check(spec)
         if spec.get("scheme") is not None and spec["kind"] == "self":
             schemes.lookup(spec["scheme"])
@@ -96,16 +96,16 @@ def test_given_flags_win():
     assert (values.limit, values.model, values.max_new_tokens) == (4, "other", 256)
     assert values.dtype == "float32" and values.benchmark == "gsm8k"
     values = _applied("--preset=llama3-8b-fp16-eagle", "--model=m", "--num_nodes=30")
-    spec = common.drafter_spec(values)
+    spec = flags_drafter.spec(values)
     assert (spec["num_nodes"], spec["draft_depth"]) == (30, 6)
 
 
 def test_another_drafter_drops_the_options_of_the_presets_own():
     values = _applied("--preset=llama3-8b-fp16-eagle", "--model=m", "--drafter=ngram")
-    assert common.drafter_spec(values) == {"kind": "ngram"}
+    assert flags_drafter.spec(values) == {"kind": "ngram"}
     assert values.dtype == "float16"
     values = _applied("--preset=llama3-8b-fp16-hierspec", "--model=m", "--drafter=none")
-    assert common.drafter_spec(values) == {"kind": "none"}
+    assert flags_drafter.spec(values) == {"kind": "none"}
 
 
 def test_wrong_names_are_refused():
@@ -126,7 +126,7 @@ def test_the_names_are_printed(capsys):
 def test_flags_of_nested_drafters():
     def spec(*arguments):
         values = common.parse(generate.define_flags, ["--model=m", *arguments])
-        return common.drafter_spec(values)
+        return flags_drafter.spec(values)
 
     hierarchical = ("--drafter=hierarchical", "--draft_checkpoint=D", "--min_draft_depth=2")
     assert spec(*hierarchical, "--inner_drafter=ngram") == {

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments.shared import records
+from experiments.shared import prompt_files, records
 from specjax.errors import ConfigError
 
 
@@ -28,14 +28,14 @@ def test_prompts_take_the_first_field_in_order_of_precedence(tmp_path):
         lines.append(json.dumps({"id": name, **everything}))
         everything[name] = None
     path = _write(tmp_path / "p.jsonl", "\n\n".join(lines))
-    rows = records.read_prompts(path)
+    rows = prompt_files.read_prompts(path)
     assert [list(row["row"]) for row in rows] == [[row["id"]] for row in rows]
     assert [row["line"] for row in rows] == [1, 3, 5, 7]
 
 
 def test_rows_without_id_are_numbered(tmp_path):
     path = _write(tmp_path / "p.jsonl", '{"prompt": "a\u2028b"}\n{"prompt": "c"}\n')
-    assert [row["id"] for row in records.read_prompts(path)] == [0, 1]
+    assert [row["id"] for row in prompt_files.read_prompts(path)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,12 @@ def test_rows_without_id_are_numbered(tmp_path):
         ('{"id": 1, "turns": ["a"]}', r"p\.jsonl:1: fields \['id', 'turns'\]; one of input_ids"),
         ('{"id": 1, "input_ids": "12"}', r"p\.jsonl:1: input_ids: expected a list of token ids"),
         ('{"id": 1, "input_ids": [1, 2.5]}', "input_ids: expected a list of token ids"),
-        ('{"id": 1, "messages": ["hi"]}', "messages: expected a list of objects"),
+        ('{"id": 1, "messages": ["hi"]}', r"p\.jsonl:1: messages\[0\]: expected an object"),
+        ('{"messages": "hi"}', r"p\.jsonl:1: messages: expected a list"),
+        ('{"messages": [{"role": "user"}]}', r"p\.jsonl:1: messages\[0\]: content is missing"),
+        ('{"id": "\\ud800", "text": "a"}', r"p\.jsonl:1: id is not Unicode"),
+        ('{"id": 1, "text": ' + "[" * 100_000, r"p\.jsonl:1: not valid JSON"),
+        ('{"id": ' + "1" * 5000 + "}", r"p\.jsonl:1: not valid JSON"),
         ('{"id": 1, "text": 5}', "text: expected a string"),
         ('{"id": [1], "text": "a"}', r"id=\[1\]"),
         ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}', r"p\.jsonl:2: id=1 occurs on line 1"),
@@ -56,14 +61,19 @@ def test_rows_without_id_are_numbered(tmp_path):
 def test_malformed_prompts_name_the_line(tmp_path, text, message):
     path = _write(tmp_path / "p.jsonl", text)
     with pytest.raises(ConfigError, match=message):
-        records.read_prompts(path)
+        prompt_files.read_prompts(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = _write(tmp_path / "p.jsonl", '\ufeff{"text": "a"}\n')
+    assert [row["row"] for row in records.read_prompts(path)] == [{"text": "a"}]
 
 
 def test_prompts_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
-        records.read_prompts(path)
+        prompt_files.read_prompts(path)
 
 
 @pytest.mark.parametrize(

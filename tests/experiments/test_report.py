@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.shared import answers, figures, runs, tables
+from experiments.shared import answers, figures, figures_measured, overview, runs, tables
 
 _ENVIRONMENT = {"cpu": "Test CPU", "platform": "cpu", "device_kind": "cpu", "num_cpus": 2}
 
@@ -225,10 +225,47 @@ def test_bad_input_is_refused(run, write, plain, tmp_path):
 
 
 def test_figures_without_data_are_left_out(plain):
-    assert figures.verify_times([]) is None
-    assert figures.time_split([]) is None
+    assert figures_measured.verify_times([]) is None
+    assert figures_measured.time_split([]) is None
     run = runs._run(plain, "none")
     comparison = runs.Comparison(runs=[run], baseline=run)
     assert figures.acceptance(comparison) is None
     assert figures.categories(comparison) is None
     assert tables.acceptance(comparison) == "No run drafts."
+
+
+def test_the_overview_holds_what_the_report_says(run, tmp_path, plain, drafted):
+    """From rows through report.md: the speeds of its first tables, and nothing else in it."""
+    for name, rows in {"plain": plain, "drafted": drafted}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = str(tmp_path / "report")
+    assert run(report, f"--inputs={tmp_path}", f"--output={output}", "--nofigures")[0] == 0
+    rows, conditions = overview.read(tmp_path / "report" / "report.md")
+    results = runs.read([tmp_path])
+    expected = {(found.weights, found.drafter): found for found in results.runs}
+    assert len(rows) == len(expected) == 2
+    for row in rows:
+        found = expected[row.weights, row.drafter]
+        assert row.benchmark == "bench"
+        assert row.tokens_per_s == pytest.approx(answers.mean_speed(found.answered), abs=0.05)
+    assert conditions == "dense in float32 on Test CPU (2 processors)"
+    source = f"--overview={tmp_path / 'report' / 'report.md'}"
+    assert run(report, source, f"--output={output}", "--formats=svg")[0] == 0
+    text = (tmp_path / "report" / "overview.svg").read_text()
+    assert "plain decoding" in text and "Test CPU" in text
+    for row in rows:
+        assert f">{row.tokens_per_s:.0f}<" in text
+
+
+def test_an_overview_needs_a_report_and_nothing_else(run, tmp_path):
+    other = tmp_path / "other.md"
+    other.write_text("# No report\n\n| a | b |\n")
+    for arguments in (
+        [f"--overview={other}"],
+        [f"--overview={other}", "--inputs=x"],
+        [],
+        [f"--overview={tmp_path / 'missing.md'}"],
+    ):
+        code, _, error = run(report, *arguments, f"--output={tmp_path}")
+        assert (code, error.count("\n")) == (2, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.md"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import generate, tune
-from experiments.shared import common
+from experiments.shared import common, flags_drafter
 from specjax.errors import ConfigError
 from tests import paths
 
@@ -44,10 +44,10 @@ def test_the_choice_runs(drafter, tmp_path):
     assert content["drafter"]["kind"] in ("none", "ngram", "eagle")
     flags = [f"--model={paths.fixture('tiny-fp16')}", f"--tuned={tmp_path / 'tuned.json'}"]
     values = common.parse(generate.define_flags, [*flags, "--prompt=a"])
-    assert common.drafter_spec(values) == content["drafter"]
+    assert flags_drafter.spec(values) == content["drafter"]
     values = common.parse(generate.define_flags, [*flags, "--prompt=a", "--num_nodes=4"])
     with pytest.raises(ConfigError, match="drop --num_nodes"):
-        common.drafter_spec(values)
+        flags_drafter.spec(values)
 
 
 def test_bad_sizes_are_refused(tmp_path):

@@ -168,16 +168,28 @@ def test_single_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "file", "twin"),
     [
-        ("eagle2-tiny", "pytorch_model.bin", "model.safetensors"),
         ("eagle3-tiny", "pytorch_model.bin", "model.safetensors"),
-        ("medusa-tiny", "medusa_lm_head.pt", "medusa_lm_head.safetensors"),
-        ("qserve-w8a8", "quant_model.pt", "quant_model.safetensors"),
-        ("qserve-w4a8-g128", "quant_model.pt", "quant_model.safetensors"),
+        pytest.param(
+            *("eagle2-tiny", "pytorch_model.bin", "model.safetensors"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("medusa-tiny", "medusa_lm_head.pt", "medusa_lm_head.safetensors"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("qserve-w8a8", "quant_model.pt", "quant_model.safetensors"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("qserve-w4a8-g128", "quant_model.pt", "quant_model.safetensors"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_files_of_torch_equal_their_safetensors_twins(folder, file, twin):
+    """Slow ones are here for the fixtures that are too large to be copied beside the tests."""
     ours = source.open_file(paths.require(Path("checkpoints", folder, file)))
-    theirs = source.open_file(paths.require(Path("checkpoints", folder, twin)))
+    beside = ours.path.parent / twin
+    theirs = source.open_file(beside if beside.is_file() else paths.fixture(folder) / twin)
     assert set(ours.names()) == set(theirs.names())
     for name in theirs.names():
         assert ours.dtype(name) == theirs.dtype(name)

@@ -5,7 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from specjax.pallas.mosaic import dequantize
+from specjax.pallas.matmul.formats import registry
+from specjax.pallas.matmul.operand import Operand
 from tests.pallas import ptx
 from tests.pallas.fragments import sources
 
@@ -26,15 +27,16 @@ def codes(word: np.ndarray, bits: int) -> np.ndarray:
     return fields - (fields >> (bits - 1) << bits)
 
 
-def operand(dtype, arch) -> dequantize.Operand:
-    return dequantize.Operand(dtype=jnp.dtype(dtype), unit="wgmma", arch=arch)
+def widening(code_dtype: str, dtype, arch, levels: str = "single"):
+    operand = Operand(dtype=jnp.dtype(dtype), unit="wgmma", arch=arch)
+    return registry.find(code_dtype, levels).widening(operand)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_floats(bits, dtype, arch):
-    asm, count = dequantize.instructions(bits, operand(dtype, arch), False)
+    asm, count = widening(f"int{bits}", dtype, arch)
     out, stored = ptx.run(asm, count, words()), codes(words(), bits)
     for i, pair in enumerate(out):
         values = pair.reshape(-1, 1).view(FLOATS[dtype]).astype(np.float64)
@@ -42,16 +44,16 @@ def test_floats(bits, dtype, arch):
 
 
 def test_int8_of_nibbles():
-    asm, count = dequantize.instructions(4, operand(jnp.int8, (9, 0)), False)
+    asm, count = widening("int4", jnp.int8, (9, 0))
     stored = codes(words(), 4)
     for i, quad in enumerate(ptx.run(asm, count, words())):
         values = quad.reshape(-1, 1).view(np.int8)
-        np.testing.assert_array_equal(values, dequantize.INT4_IN_INT8 * stored[:, sources(4, 8, i)])
+        np.testing.assert_array_equal(values, 16 * stored[:, sources(4, 8, i)])
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 3.0, 7.28125, 12.34375, 15.796875, 15.875, 16.0])
 def test_second_level_rounds_half_to_even(scale):
-    asm, count = dequantize.instructions(4, operand(jnp.int8, (9, 0)), True)
+    asm, count = widening("int4", jnp.int8, (9, 0), "qqq")
     pair = np.full(2, scale, np.float16).view(np.uint32)
     stored = codes(words(), 4)
     wanted = np.rint(stored * np.float64(np.float16(scale)))
@@ -63,5 +65,5 @@ def test_second_level_rounds_half_to_even(scale):
 
 def test_sm80_has_no_bfloat16_subtraction():
     for bits in (4, 8):
-        asm, _ = dequantize.instructions(bits, operand(jnp.bfloat16, (8, 0)), False)
+        asm, _ = widening(f"int{bits}", jnp.bfloat16, (8, 0))
         assert "sub.bf16x2" not in asm

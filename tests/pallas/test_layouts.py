@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from specjax.pallas.mosaic import dequantize, layouts
+from specjax.pallas.matmul import registers
+from specjax.pallas.matmul.columns import BLOCK
+from specjax.pallas.matmul.formats import registry
+from specjax.pallas.matmul.operand import Operand
 from tests.pallas import fragments
 
 ORDERS = [(4, 16), (4, 8), (8, 16), (8, 8)]
-# The table of `layouts`: stored and original column by the indices of a block.
+# The tables of the formats: stored and original column by the indices of a block.
 TABLE = {
     (4, 16): (lambda q, h, i: (8 * q + 4 * h + i, 8 * i + 2 * q + h), (4, 2, 4)),
     (4, 8): (lambda q, e, j: (8 * q + 2 * e + j, 16 * j + 4 * q + e), (4, 4, 2)),
@@ -24,21 +27,26 @@ TABLE = {
 SHAPE = (64, 128)
 
 
+def order_of(code_bits: int, operand_bits: int):
+    return registry.find(f"int{code_bits}", "single").order(operand_bits)
+
+
 @pytest.mark.parametrize(("code_bits", "operand_bits"), ORDERS)
 def test_orders_stay_in_blocks_and_invert(code_bits, operand_bits):
-    columns = jnp.arange(6 * layouts.BLOCK).reshape(2, 3 * layouts.BLOCK)
-    stored = layouts.to_memory(columns, code_bits, operand_bits)
-    blocks = np.asarray(stored).reshape(2, 3, layouts.BLOCK)
+    columns = jnp.arange(6 * BLOCK).reshape(2, 3 * BLOCK)
+    order = order_of(code_bits, operand_bits)
+    stored = order.to_memory(columns)
+    blocks = np.asarray(stored).reshape(2, 3, BLOCK)
     np.testing.assert_array_equal(np.sort(blocks, axis=-1), columns.reshape(blocks.shape))
-    np.testing.assert_array_equal(layouts.from_memory(stored, code_bits, operand_bits), columns)
+    np.testing.assert_array_equal(order.from_memory(stored), columns)
 
 
 @pytest.mark.parametrize("order", TABLE)
 def test_table(order):
-    stored = np.asarray(layouts.to_memory(jnp.arange(layouts.BLOCK), *order))
+    stored = np.asarray(order_of(*order).to_memory(jnp.arange(BLOCK)))
     formula, extents = TABLE[order]
     pairs = [formula(*index) for index in np.ndindex(*extents)]
-    assert len({place for place, _ in pairs}) == layouts.BLOCK
+    assert len({place for place, _ in pairs}) == BLOCK
     assert all(stored[place] == column for place, column in pairs)
 
 
@@ -48,10 +56,11 @@ def test_table(order):
 )
 def test_every_register_holds_its_columns(code_bits, dtype, unit):
     """For all threads: words as loaded, widened, are the operand of the matrix instruction."""
-    operand = dequantize.Operand(dtype=jnp.dtype(dtype), unit=unit, arch=(9, 0))
-    _, count = dequantize.instructions(code_bits, operand, False)
-    loaded_layout = operand.load_layout(code_bits).to_mgpu()
-    order = np.asarray(layouts.to_memory(jnp.arange(SHAPE[1]), code_bits, operand.bits))
+    operand = Operand(dtype=jnp.dtype(dtype), unit=unit, arch=(9, 0))
+    format = registry.find(f"int{code_bits}", "single")
+    count = format.widening(operand).words
+    loaded_layout = registers.load_layout(code_bits, operand).to_mgpu()
+    order = np.asarray(format.order(operand.bits).to_memory(jnp.arange(SHAPE[1])))
     for warp, lane in np.ndindex(4, 32):
         loaded = fragments.registers(loaded_layout, SHAPE, warp, lane)
         pieces = {}
@@ -61,16 +70,16 @@ def test_every_register_holds_its_columns(code_bits, dtype, unit):
             for i in range(count):
                 chosen = originals[fragments.sources(code_bits, operand.bits, i)]
                 pieces[index[0], index[1] * count + i, index[4]] = chosen
-        wanted = fragments.registers(operand.layout.to_mgpu(), SHAPE, warp, lane)
+        wanted = fragments.registers(registers.layout(operand).to_mgpu(), SHAPE, warp, lane)
         for index, elements in wanted.items():
-            np.testing.assert_array_equal(pieces[dequantize.piece_of(index, unit)], elements)
+            np.testing.assert_array_equal(pieces[registers.piece_of(index, unit)], elements)
 
 
 @pytest.mark.parametrize("unit", ["wgmma", "mma"])
 def test_second_level_scales_belong_to_the_rows_of_codes(unit):
-    operand = dequantize.Operand(dtype=jnp.dtype(jnp.int8), unit=unit, arch=(9, 0))
-    codes_layout = operand.load_layout(4).to_mgpu()
-    rows_layout = dequantize.operand_rows(operand).to_mgpu()
+    operand = Operand(dtype=jnp.dtype(jnp.int8), unit=unit, arch=(9, 0))
+    codes_layout = registers.load_layout(4, operand).to_mgpu()
+    rows_layout = registers.row_layout(operand).to_mgpu()
     for warp, lane in np.ndindex(4, 32):
         rows = fragments.registers(rows_layout, SHAPE[:1], warp, lane)
         for index, elements in fragments.registers(codes_layout, SHAPE, warp, lane).items():
@@ -79,5 +88,6 @@ def test_second_level_scales_belong_to_the_rows_of_codes(unit):
 
 
 def test_int8_codes_are_int8_operands():
-    operand = dequantize.Operand(dtype=jnp.dtype(jnp.int8), unit="wgmma", arch=(9, 0))
-    assert operand.load_layout(8) == operand.layout == plgpu.Layout.WGMMA_8BIT
+    operand = Operand(dtype=jnp.dtype(jnp.int8), unit="wgmma", arch=(9, 0))
+    loaded = registers.load_layout(8, operand)
+    assert loaded == registers.layout(operand) == plgpu.Layout.WGMMA_8BIT

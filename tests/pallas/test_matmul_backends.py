@@ -9,16 +9,17 @@ import pytest
 
 from specjax import errors
 from specjax.pallas import device, tuned
-from specjax.pallas.matmul_w4a4 import api as matmul_w4a4
-from specjax.pallas.matmul_w4a8 import api as matmul_w4a8
-from specjax.pallas.matmul_w4a16 import api as matmul_w4a16
-from specjax.pallas.mosaic import implementations, matmul, packed, tiles
-from specjax.pallas.mosaic.plan import Config, Plan
-from specjax.pallas.mosaic.specs import MODELS
+from specjax.pallas.matmul import backends, mosaic, packed, tiles
+from specjax.pallas.matmul.api import matmul
+from specjax.pallas.matmul.form import Form
+from specjax.pallas.matmul.formats import registry
+from specjax.pallas.matmul.operand import Operand
+from specjax.pallas.matmul.plan import Config, Plan
+from specjax.pallas.matmul.specs import MODELS
 from specjax.quant.scheme import lookup
 from tests.quant import random_linears as draw
 
-ARCHS = tiles.ARCHS
+INT4, UINT4 = (registry.find(dtype, "single") for dtype in ("int4", "uint4"))
 ROWS = (1, 8, 16, 24, 33, 40, 64)
 
 
@@ -26,66 +27,68 @@ def half(*shape) -> jax.Array:
     return jnp.ones(shape, jnp.float16)
 
 
-def refusal(op, *arguments, **kwargs) -> str:
+def refusal(*arguments, **kwargs) -> str:
     with pytest.raises(errors.SpecjaxError) as caught:
-        op.matmul(*arguments, backend="mosaic", **kwargs)
+        matmul(*arguments, backend="mosaic", **kwargs)
     return str(caught.value)
 
 
-def form(n: int, k: int, **fields) -> packed.Form:
-    defaults = dict(group_size=128 if k % 128 == 0 else 64, code_bits=4, operand_bits=16)
-    return packed.Form(out_features=n, in_features=k, **defaults | fields)
+def form(n: int, k: int, **fields) -> Form:
+    defaults = dict(group_size=128 if k % 128 == 0 else 64, format=INT4, operand_bits=16)
+    return Form(out_features=n, in_features=k, **defaults | fields)
 
 
 def test_without_a_gpu_packed_weights_run_on_xla():
     linear = draw.make(lookup("w4a16-asym"), 96, 192, 64)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 192)), jnp.float32)
-    wanted = matmul_w4a16.matmul(x, linear)
-    found = matmul_w4a16.matmul(x, packed.pack(linear, 16))
+    wanted = matmul(x, linear)
+    found = matmul(x, packed.pack(linear, 16))
     np.testing.assert_array_equal(found, wanted)
-    assert "no NVIDIA GPU" in refusal(matmul_w4a16, half(1, 192), packed.pack(linear, 16))
+    assert "no NVIDIA GPU" in refusal(half(1, 192), packed.pack(linear, 16))
 
 
 def test_reasons_of_a_refusal_on_a_gpu():
     weight = draw.make(lookup("w4a16"), 64, 128, 32)
     with device.targeting(tiles.typical((9, 0))):
-        assert "not packed" in refusal(matmul_w4a16, half(1, 128), weight)
+        assert "not packed" in refusal(half(1, 128), weight)
         packing = packed.pack(weight, 16)
-        assert "float32" in refusal(matmul_w4a16, jnp.ones((1, 128)), packing)
+        assert "float32" in refusal(jnp.ones((1, 128)), packing)
         codes, scale = jnp.ones((1, 128), jnp.int8), jnp.ones((1, 1))
-        assert "group_size=32" in refusal(matmul_w4a8, codes, scale, packing)
-        assert "group_size=32" in refusal(matmul_w4a4, codes, scale, packing)
+        for x in (codes, codes.astype(jnp.int4)):
+            assert "group_size=32" in refusal(x, packing, x_scale=scale)
+        second = packed.pack(draw.make(lookup("w4a8-qqq"), 64, 256, 128), 8)
+        assert "second-level" in refusal(half(1, 256), second)
         floats = draw.make(lookup("fp4"), 64, 128, 32)
-        assert "float4" in refusal(matmul_w4a16, half(1, 128), floats)
+        assert "float4" in refusal(half(1, 128), floats)
     blackwell = device.Gpu(kind="NVIDIA B200", arch=(10, 0), num_sms=148, shared_memory=232448)
     with device.targeting(blackwell):
-        assert "sm_100" in refusal(matmul_w4a16, half(1, 128), packing)
+        assert "sm_100" in refusal(half(1, 128), packing)
 
 
 def test_prompts_go_through_the_decoded_weight():
     linear = draw.make(lookup("w4a16"), 64, 128, 32)
-    rows = implementations.MAX_ROWS + 1
+    rows = backends.MAX_ROWS + 1
     with device.targeting(tiles.typical((9, 0))):
-        found = matmul_w4a16.matmul(half(rows, 128), packed.pack(linear, 16), backend="mosaic")
-    wanted = matmul_w4a16.matmul(half(rows, 128), linear, backend="xla")
+        found = matmul(half(rows, 128), packed.pack(linear, 16), backend="mosaic")
+    wanted = matmul(half(rows, 128), linear, backend="xla")
     np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", device.ARCHS)
 @pytest.mark.parametrize(("n", "k"), [s for model in MODELS.values() for s in model.values()])
 def test_tiles_of_models(n, k, arch):
     """Splits are the weight's alone; the pipeline fits in shared memory."""
     gpu = tiles.typical(arch)
-    for fields in (dict(), dict(signed=False), dict(operand_bits=8, group_size=k)):
+    for fields in (dict(), dict(format=UINT4), dict(operand_bits=8, group_size=k)):
         weight = form(n, k, **fields)
         bits = weight.operand_bits
         configs = [
-            tiles.heuristic(weight, matmul.m_tile(rows, bits, arch), bits, gpu) for rows in ROWS
+            tiles.heuristic(weight, mosaic.m_tile(rows, bits, arch), bits, gpu) for rows in ROWS
         ]
         assert len({config.splits for config in configs}) == 1
         for rows, config in zip(ROWS, configs, strict=True):
             used = config.num_stages * tiles.stage_bytes(
-                weight, matmul.m_tile(rows, bits, arch), bits, config.tiles_per_step, gpu
+                weight, mosaic.m_tile(rows, bits, arch), bits, config.tiles_per_step, gpu
             )
             assert used <= gpu.shared_memory
             assert weight.split_tiles % config.tiles_per_step == 0
@@ -105,12 +108,10 @@ def test_splits_cover_every_tile_once():
                 assert ends[-1] * tiles_per_step == weight.k_tiles
 
 
-def _plan(weight: packed.Form, config: Config) -> Plan:
-    from specjax.pallas.mosaic import dequantize
-
+def _plan(weight: Form, config: Config) -> Plan:
     return Plan(
         form=weight,
-        operand=dequantize.Operand(dtype=jnp.dtype(jnp.float16), unit="wgmma", arch=(9, 0)),
+        operand=Operand(dtype=jnp.dtype(jnp.float16), unit="wgmma", arch=(9, 0)),
         config=config,
         rows=8,
         m_tile=8,
@@ -120,15 +121,15 @@ def _plan(weight: packed.Form, config: Config) -> Plan:
     )
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", device.ARCHS)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_row_tiles_hold_the_rows(arch, bits):
     for rows in range(1, 65):
-        tile = matmul.m_tile(rows, bits, arch)
+        tile = mosaic.m_tile(rows, bits, arch)
         assert rows <= tile <= 64 and tile % 8 == 0
         if arch == (9, 0) and bits == 8:
             assert tile not in (40, 56)  # wgmma has no such int8 shape
-    assert matmul.m_tile(200, bits, arch) == 64
+    assert mosaic.m_tile(200, bits, arch) == 64
 
 
 def test_tuned_tiles_are_taken(monkeypatch):

@@ -5,13 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.pallas import weights
-from specjax.pallas.matmul_w4a4 import api as matmul_w4a4
-from specjax.pallas.matmul_w4a8 import api as matmul_w4a8
-from specjax.pallas.matmul_w4a16 import api as matmul_w4a16
-from specjax.pallas.matmul_w8a8 import api as matmul_w8a8
-from specjax.pallas.matmul_w8a16 import api as matmul_w8a16
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed, reference
+from specjax.pallas.matmul.api import matmul
 from specjax.quant import activations
 from specjax.quant.scheme import lookup
 from tests.pallas.test_packed import qoq
@@ -21,8 +16,6 @@ pytestmark = pytest.mark.gpu
 
 ROWS = (1, 7, 8, 9, 31, 33, 64, 100)
 SHAPES = ((4096, 4096), (1024, 14336), (960, 576), (576, 1536))
-FLOAT_OPS = {"w4": matmul_w4a16, "w8": matmul_w8a16}
-INTEGER_OPS = {"w4a8": matmul_w4a8, "w4a4": matmul_w4a4, "w8a8": matmul_w8a8}
 # RMS of the error over RMS of the result.
 TOLERANCE = {jnp.float16: 2e-3, jnp.bfloat16: 4e-3}
 
@@ -49,11 +42,11 @@ def test_floats(name, group_size, dtype, shape):
     outputs, inputs = shape
     size = inputs if group_size == -1 or inputs % group_size else group_size
     linear = draw.make(lookup(name), outputs, inputs, size, bias=True)
-    packing, op = packed.pack(linear, 16), FLOAT_OPS[name[:2]]
-    run = jax.jit(lambda x: op.matmul(x, packing, bias=linear.bias, backend="mosaic"))
+    packing = packed.pack(linear, 16)
+    run = jax.jit(lambda x: matmul(x, packing, bias=linear.bias, backend="mosaic"))
     for rows in ROWS:
         x = rows_of(rows, inputs, rows).astype(dtype)
-        wanted = weights.weight_only(x.astype(jnp.float32), linear, linear.bias)
+        wanted = reference.weight_only(x.astype(jnp.float32), linear, linear.bias)
         assert relative_error(run(x), wanted) < TOLERANCE[dtype]
 
 
@@ -73,16 +66,22 @@ def test_integers(name, group_size, shape):
         linear = qoq(outputs, inputs)
     else:
         linear = draw.make(lookup(name), outputs, inputs, size, minima=name == "w4a8-qoq")
-    packing, op = packed.pack(linear, 8), INTEGER_OPS[name[:4]]
+    packing = packed.pack(linear, 8)
     groups = None if linear.minima is None else linear.minima.shape[1]
-    exact = linear.minima is None and (packing.form.per_channel or packing.form.two_level)
-    run = jax.jit(lambda *args, sums: op.matmul(*args, packing, x_sums=sums, backend="mosaic"))
+    exact = linear.minima is None and (packing.form.per_channel or packing.form.format.two_level)
+
+    @jax.jit
+    def run(codes, scale, sums):
+        return matmul(codes, packing, x_scale=scale, x_sums=sums, backend="mosaic")
+
     for rows in ROWS:
         quantized = activations.quantize(
             rows_of(rows, inputs, rows), linear.scheme.activations, groups
         )
-        out = run(quantized.codes, quantized.scale, sums=quantized.sums)
-        wanted = weights.quantized(quantized.codes, quantized.scale, linear, x_sums=quantized.sums)
+        out = run(quantized.codes, quantized.scale, quantized.sums)
+        wanted = reference.quantized(
+            quantized.codes, quantized.scale, linear, x_sums=quantized.sums
+        )
         assert relative_error(out, wanted) < 1e-5
         if exact:
             np.testing.assert_array_equal(out, wanted)
@@ -91,7 +90,7 @@ def test_integers(name, group_size, shape):
 def test_a_token_is_rounded_alike_alone_and_in_a_tree():
     linear = draw.make(lookup("w4a16-asym"), 4096, 4096, 128)
     packing, x = packed.pack(linear, 16), rows_of(64, 4096, 0).astype(jnp.float16)
-    run = jax.jit(lambda x: matmul_w4a16.matmul(x, packing, backend="mosaic"))
+    run = jax.jit(lambda x: matmul(x, packing, backend="mosaic"))
     tree = np.asarray(run(x))
     for rows in (1, 8, 17):
         np.testing.assert_array_equal(run(x[:rows]), tree[:rows])

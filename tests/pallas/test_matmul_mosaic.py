@@ -1,14 +1,13 @@
 """The matmul kernels in Mosaic's interpreter against their references, races included.
 
 The interpreter has neither wgmma with a register operand, nor mma.sync, nor inline assembly, so
-there a kernel widens codes and multiplies with plain array operations (`dequantize.widen`,
+there a kernel widens codes and multiplies with plain array operations (`KernelFormat.widened`,
 `_emulated_product`). Everything else is the code that is compiled: tiles, pipeline, barriers,
 tables, sums of groups, splits, stores. What is replaced is covered by `test_layouts.py` and
 `test_bit_tricks.py`.
 """
 
 import dataclasses
-import importlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +16,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from specjax import errors
-from specjax.pallas import weights
-from specjax.pallas.mosaic import packed
-from specjax.pallas.mosaic.plan import Config
+from specjax.pallas.matmul import mosaic, packed, reference
+from specjax.pallas.matmul.plan import Config
 from specjax.quant import activations
 from specjax.quant.scheme import lookup
 from tests.pallas.test_packed import qoq
@@ -38,11 +36,10 @@ def fresh_interpreter():
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-def interpreted(op: str, *arguments, arch=HOPPER, **kwargs):
-    """The op's kernel in the interpreter, which must see no race."""
-    matmul = importlib.import_module(f"specjax.pallas.{op}.mosaic").matmul
+def interpreted(*arguments, arch=HOPPER, **kwargs):
+    """The kernel in the interpreter, which must see no race."""
     params = plgpu.InterpretGPUParams(detect_races=True)
-    out = matmul(*arguments, arch=arch, interpret=params, **kwargs)
+    out = mosaic.matmul(*arguments, arch=arch, interpret=params, **kwargs)
     out = np.asarray(out.astype(jnp.float32))
     assert not gpu_callbacks.get_races().races_found
     return out
@@ -59,29 +56,28 @@ def relative_error(found, wanted) -> float:
 
 
 def check_float(
-    op: str, linear, rows: int, config: Config | None = SMALL, dtype=jnp.float16, arch=HOPPER
+    linear, rows: int, config: Config | None = SMALL, dtype=jnp.float16, arch=HOPPER
 ) -> None:
     x = rows_of(rows, linear.in_features, dtype)
     weight = packed.pack(linear, 16)
-    out = interpreted(op, x, weight, config=config, bias=linear.bias, arch=arch)
-    wanted = weights.weight_only(x.astype(jnp.float32), linear, linear.bias)
+    out = interpreted(x, weight, config=config, bias=linear.bias, arch=arch)
+    wanted = reference.weight_only(x.astype(jnp.float32), linear, linear.bias)
     assert out.shape == (rows, linear.out_features)
     assert relative_error(out, wanted) < (3e-4 if dtype == jnp.float16 else 2.5e-3)
 
 
 def check_integer(
-    op: str, linear, rows: int, config: Config | None = SMALL, operand_bits: int = 8, arch=HOPPER
+    linear, rows: int, config: Config | None = SMALL, operand_bits: int = 8, arch=HOPPER
 ) -> None:
     """Accumulators are exact, so that what is per channel must agree to the last bit."""
     x = rows_of(rows, linear.in_features, jnp.float32)
     groups = None if linear.minima is None else linear.minima.shape[1]
     quantized = activations.quantize(x, linear.scheme.activations, groups)
-    operands = quantized.codes, quantized.scale
     packing = packed.pack(linear, operand_bits)
-    rest = dict(config=config, x_sums=quantized.sums, bias=linear.bias, arch=arch)
-    out = interpreted(op, *operands, packing, **rest)
-    wanted = weights.quantized(*operands, linear, x_sums=quantized.sums, bias=linear.bias)
-    if packing.form.per_channel or packing.form.two_level:
+    given = dict(x_scale=quantized.scale, x_sums=quantized.sums, bias=linear.bias)
+    out = interpreted(quantized.codes, packing, **given, config=config, arch=arch)
+    wanted = reference.matmul(quantized.codes, linear, **given)
+    if packing.form.per_channel or packing.form.format.two_level:
         np.testing.assert_array_equal(out, np.asarray(wanted))
     assert relative_error(out, wanted) < 1e-6
 
@@ -93,7 +89,7 @@ def slowly(*values):
 
 @pytest.mark.parametrize("rows", [1, 33, *slowly(7, 8, 9, 31, 64)])
 def test_w4a16_rows(rows):
-    check_float("matmul_w4a16", draw.make(lookup("w4a16"), 128, 256, 128), rows)
+    check_float(draw.make(lookup("w4a16"), 128, 256, 128), rows)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +103,7 @@ def test_w4a16_rows(rows):
     ],
 )
 def test_w4a16_shapes(outputs, inputs, config):
-    check_float(
-        "matmul_w4a16", draw.make(lookup("w4a16"), outputs, inputs, 64, bias=True), 3, config
-    )
+    check_float(draw.make(lookup("w4a16"), outputs, inputs, 64, bias=True), 3, config)
 
 
 @pytest.mark.parametrize(
@@ -127,22 +121,22 @@ def test_w4a16_shapes(outputs, inputs, config):
 )
 def test_w4a16_forms(name, group_size, minima):
     linear = draw.make(lookup(name), 100, 320, group_size, minima=minima)
-    check_float("matmul_w4a16", linear, 5)
+    check_float(linear, 5)
 
 
 @slow
 @pytest.mark.parametrize("inputs", [4096, 14336])
 def test_inputs_of_an_8b_model(inputs):
     """All inputs of its projections, with the tiles and splits that an H200 gets."""
-    check_float("matmul_w4a16", draw.make(lookup("w4a16"), 128, inputs, 128), 8, config=None)
-    check_integer("matmul_w4a8", draw.make(lookup("w4a8"), 128, inputs, 128), 8, config=None)
-    check_integer("matmul_w8a8", draw.make(lookup("w8a8"), 128, inputs, inputs), 8, config=None)
+    check_float(draw.make(lookup("w4a16"), 128, inputs, 128), 8, config=None)
+    check_integer(draw.make(lookup("w4a8"), 128, inputs, 128), 8, config=None)
+    check_integer(draw.make(lookup("w8a8"), 128, inputs, inputs), 8, config=None)
 
 
 @slow
 def test_w4a16_bfloat16():
     linear = draw.make(lookup("w4a16"), 128, 256, 128, scale_dtype=jnp.bfloat16)
-    check_float("matmul_w4a16", linear, 8, dtype=jnp.bfloat16)
+    check_float(linear, 8, dtype=jnp.bfloat16)
 
 
 @slow
@@ -150,23 +144,21 @@ def test_w4a16_of_weights_packed_for_integers():
     """QSpec drafts and verifies from the same codes under two widths of inputs."""
     linear = draw.make(lookup("w4a16"), 128, 256, 128)
     x = rows_of(4, 256, jnp.float16)
-    outs = [
-        interpreted("matmul_w4a16", x, packed.pack(linear, bits), config=SMALL) for bits in (16, 8)
-    ]
+    outs = [interpreted(x, packed.pack(linear, bits), config=SMALL) for bits in (16, 8)]
     np.testing.assert_array_equal(*outs)
 
 
 def test_a_token_is_rounded_alike_alone_and_in_a_tree():
     linear = draw.make(lookup("w4a16"), 128, 512, 128)
     packing, x = packed.pack(linear, 16), rows_of(33, 512, jnp.float16)
-    alone = interpreted("matmul_w4a16", x[:1], packing, bias=jnp.zeros(128, jnp.float16))
-    among = interpreted("matmul_w4a16", x, packing, bias=jnp.zeros(128, jnp.float16))
+    alone = interpreted(x[:1], packing, bias=jnp.zeros(128, jnp.float16))
+    among = interpreted(x, packing, bias=jnp.zeros(128, jnp.float16))
     np.testing.assert_array_equal(alone[0], among[0])
 
 
 @pytest.mark.parametrize("rows", [9, *slowly(1, 33, 50)])
 def test_w4a8_rows(rows):
-    check_integer("matmul_w4a8", draw.make(lookup("w4a8"), 128, 256, 256), rows)
+    check_integer(draw.make(lookup("w4a8"), 128, 256, 256), rows)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +178,11 @@ def test_w4a8_rows(rows):
 )
 def test_w4a8_forms(name, group_size, minima):
     linear = draw.make(lookup(name), 192, 384, group_size, minima=minima, bias=True)
-    check_integer("matmul_w4a8", linear, 3)
+    check_integer(linear, 3)
 
 
 def test_w4a8_progressive():
-    check_integer("matmul_w4a8", qoq(128, 384), 3)
+    check_integer(qoq(128, 384), 3)
 
 
 @slow
@@ -206,10 +198,11 @@ def test_w4a8_progressive_sums_stay_in_int32(inputs, arch):
         bias=None,
     )
     linear = dataclasses.replace(linear, **extreme)
-    x = jnp.full((3, inputs), -128, jnp.int8), jnp.ones((3, 1))
+    x, scale = jnp.full((3, inputs), -128, jnp.int8), jnp.ones((3, 1))
     config = Config(tiles_per_step=1, num_stages=2, splits=1)
-    out = interpreted("matmul_w4a8", *x, packed.pack(linear, 8), config=config, arch=arch)
-    np.testing.assert_array_equal(out, weights.quantized(*x, linear))
+    packing = packed.pack(linear, 8)
+    out = interpreted(x, packing, x_scale=scale, config=config, arch=arch)
+    np.testing.assert_array_equal(out, reference.quantized(x, scale, linear))
     assert out[0, 0] == 2**14 * inputs
 
 
@@ -224,13 +217,13 @@ def test_w4a8_progressive_sums_stay_in_int32(inputs, arch):
 )
 def test_w4a4(group_size, arch, operand_bits):
     linear = draw.make(lookup("w4a4"), 128, 256, group_size)
-    check_integer("matmul_w4a4", linear, 8, operand_bits=operand_bits, arch=arch)
+    check_integer(linear, 8, operand_bits=operand_bits, arch=arch)
 
 
 @slow
 @pytest.mark.parametrize("name", ["w4a4-asym", "w4a4-qqq"])
 def test_w4a4_forms_before_hopper(name):
-    check_integer("matmul_w4a4", draw.make(lookup(name), 128, 256, 128), 5, arch=AMPERE)
+    check_integer(draw.make(lookup(name), 128, 256, 128), 5, arch=AMPERE)
 
 
 @pytest.mark.parametrize(
@@ -247,29 +240,25 @@ def test_w4a4_forms_before_hopper(name):
 def test_floats_before_hopper(name, group_size, rows):
     config = Config(tiles_per_step=1, num_stages=2, splits=2)
     linear = draw.make(lookup(name), 192, 576, group_size, bias=True)
-    check_float(f"matmul_{name[:5].rstrip('-')}", linear, rows, config, arch=AMPERE)
+    check_float(linear, rows, config, arch=AMPERE)
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "group_size"),
+    ("name", "group_size"),
     [
-        ("matmul_w4a8", "w4a8-qqq", 128),
-        *slowly(
-            ("matmul_w4a8", "w4a8", 384),
-            ("matmul_w4a8", "w4a8-asym", 64),
-            ("matmul_w8a8", "w8a8", 384),
-        ),
+        ("w4a8-qqq", 128),
+        *slowly(("w4a8", 384), ("w4a8-asym", 64), ("w8a8", 384)),
     ],
 )
-def test_integers_before_hopper(op, name, group_size):
-    check_integer(op, draw.make(lookup(name), 128, 384, group_size), 9, arch=AMPERE)
+def test_integers_before_hopper(name, group_size):
+    check_integer(draw.make(lookup(name), 128, 384, group_size), 9, arch=AMPERE)
 
 
 @pytest.mark.parametrize("group_size", [576, *slowly(64)])
 def test_w8a8(group_size):
     config = Config(tiles_per_step=1, num_stages=2, splits=2)
     linear = draw.make(lookup("w8a8"), 64, 576, group_size)
-    check_integer("matmul_w8a8", linear, 9, config)
+    check_integer(linear, 9, config)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +269,7 @@ def test_w8a8(group_size):
     ],
 )
 def test_w8a16(name, group_size, arch):
-    check_float("matmul_w8a16", draw.make(lookup(name), 64, 256, group_size), 8, arch=arch)
+    check_float(draw.make(lookup(name), 64, 256, group_size), 8, arch=arch)
 
 
 def test_a_config_that_does_not_fit_is_refused():
@@ -291,4 +280,4 @@ def test_a_config_that_does_not_fit_is_refused():
         Config(tiles_per_step=1, num_stages=2, splits=4),
     ):
         with pytest.raises(errors.ConfigError, match="does not fit"):
-            interpreted("matmul_w4a16", x, packed.pack(linear, 16), config=config)
+            interpreted(x, packed.pack(linear, 16), config=config)

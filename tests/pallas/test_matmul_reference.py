@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from specjax import errors
-from specjax.pallas import dispatch, weights
-from specjax.pallas.matmul_w4a16 import api as matmul_w4a16
+from specjax.pallas import dispatch
+from specjax.pallas.matmul import api, backends, reference
 from specjax.quant import activations
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import SCHEMES, lookup
@@ -112,7 +112,7 @@ def test_int_accumulators_are_exact(features, extreme):
     codes = rng.integers(-128, 128, (33, features)).astype(np.int8)
     if extreme:
         x[:], codes[:] = 127, -128
-    found = jax.jit(weights.accumulate)(x, codes)
+    found = jax.jit(reference.accumulate)(x, codes)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ codes.astype(np.int64).T)
 
@@ -142,7 +142,7 @@ def test_second_level_is_exact_for_every_code_and_scale(name):
         scheme=scheme,
         group_size=16,
     )
-    found, _ = weights.runtime(linear)
+    found, _ = reference.runtime(linear)
     np.testing.assert_array_equal(np.asarray(found), draw.runtime_weight(linear)[0])
 
 
@@ -160,7 +160,7 @@ def test_qqq_rounding_is_the_float16_kernel_trick():
         scheme=SCHEMES["w4a8-qqq"],
         group_size=16,
     )
-    found = np.asarray(weights.runtime(linear)[0])
+    found = np.asarray(reference.runtime(linear)[0])
     np.testing.assert_array_equal(found[fits], fused[fits])
 
 
@@ -233,13 +233,15 @@ def test_qserve_golden_accumulators_and_outputs(name):
         golden[f"linear.{key}.{part}"] for part in ("x", "x_int8", "x_scale", "acc", "out_fp16")
     )
     linear = qserve_linear(name, key, golden)
-    np.testing.assert_array_equal(linear.dequantize(), golden[f"dequant.{key}.weight"])
-    codes, _ = weights.runtime(linear)
+    rows = golden[f"dequant.{key}.weight"]
+    dense = np.asarray(linear.dequantize())
+    np.testing.assert_array_equal(dense[:: -(-len(dense) // len(rows))], rows)
+    codes, _ = reference.runtime(linear)
     np.testing.assert_array_equal(codes, golden.get(f"w8.{key}", codes))
     rows = activations.quantize(jnp.asarray(x), linear.scheme.activations)
     np.testing.assert_array_equal(rows.codes, x_int8)
     np.testing.assert_array_equal(rows.scale, x_scale.astype(np.float32))
-    np.testing.assert_array_equal(weights.accumulate(rows.codes, codes), acc)
+    np.testing.assert_array_equal(reference.accumulate(rows.codes, codes), acc)
     out = np.asarray(linear(jnp.asarray(x)))
     ulps = out.view(np.int16).astype(np.int32) - out_fp16.view(np.int16)
     assert np.abs(ulps).max() <= 1
@@ -250,19 +252,20 @@ def test_backends_are_named_or_refused(caplog):
     x = jnp.asarray(inputs(1, 192))
     for backend in ("mosaic", "triton"):
         with pytest.raises(errors.SpecjaxError, match=rf"{backend}.*no NVIDIA GPU"):
-            matmul_w4a16.matmul(x, linear, backend=backend)
+            api.matmul(x, linear, backend=backend)
     floats = draw.make(SCHEMES["fp8"], 64, 192, 192)
     with pytest.raises(errors.SpecjaxError, match=r"mosaic.*available: xla"):
         floats.with_backend("mosaic")(x)
     with pytest.raises(errors.SpecjaxError, match=r"cuda.*known: auto, xla"):
-        dispatch.run("matmul", "cuda", matmul_w4a16.IMPLEMENTATIONS, x, linear)
+        offered = backends.implementations(backends.format_of(linear), 16)
+        dispatch.run("matmul", "cuda", offered, x, linear)
     dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="specjax.pallas.dispatch"):
         for _ in range(2):
-            out = matmul_w4a16.matmul(x, linear)
+            out = api.matmul(x, linear)
     assert len(caplog.records) == 1
     assert "matmul_w4a16: backend auto runs xla (mosaic: no NVIDIA GPU" in caplog.text
-    np.testing.assert_array_equal(out, matmul_w4a16.matmul(x, linear, backend="xla"))
+    np.testing.assert_array_equal(out, api.matmul(x, linear, backend="xla"))
 
 
 def test_auto_passes_over_an_implementation_that_refuses(caplog):

@@ -1,4 +1,4 @@
-"""The Triton kernel of `matmul_w4a16`, its program run in numpy: one process after the other."""
+"""The Triton kernel, its program run in numpy: one process after the other."""
 
 import importlib
 import sys
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.pallas import weights
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed, reference
+from specjax.pallas.matmul.formats.int4 import Int4
 from specjax.quant.scheme import lookup
 from tests.quant import random_linears as draw
 
@@ -69,17 +69,18 @@ def matmul(monkeypatch):
     caller.triton_call = triton_call
     for module in (triton, triton.language, caller):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    folder = "specjax.pallas.matmul_w4a16"
-    backend = importlib.import_module(f"{folder}.triton")
-    _forget_kernel(folder)
+    backend = importlib.import_module("specjax.pallas.matmul.triton")
+    _forget_kernel()
     yield backend.matmul
-    _forget_kernel(folder)
+    _forget_kernel()
 
 
-def _forget_kernel(folder: str) -> None:
-    """The kernel's module is bound to the Triton it was imported with."""
-    sys.modules.pop(f"{folder}.triton_kernel", None)
-    vars(importlib.import_module(folder)).pop("triton_kernel", None)
+def _forget_kernel() -> None:
+    """The modules of the kernel are bound to the Triton they were imported with."""
+    for name in ("specjax.pallas.matmul.triton_kernel", Int4.triton):
+        sys.modules.pop(name, None)
+        folder, _, module = name.rpartition(".")
+        vars(importlib.import_module(folder)).pop(module, None)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,9 @@ def test_equals_the_reference(matmul, name, group_size, minima, rows):
     linear = draw.make(lookup(name), 192, inputs, group_size, minima=minima, bias=True)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, inputs)), jnp.float16)
     out = matmul(x, packed.pack(linear, 16), arch=(9, 0), bias=linear.bias)
-    wanted = np.asarray(weights.weight_only(x.astype(jnp.float32), linear, linear.bias), np.float64)
+    wanted = np.asarray(
+        reference.weight_only(x.astype(jnp.float32), linear, linear.bias), np.float64
+    )
     assert out.shape == wanted.shape and out.dtype == jnp.float16
     error = np.asarray(out, np.float64) - wanted
     assert np.sqrt(np.mean(error**2) / np.mean(wanted**2)) < 6e-4

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specjax import errors
-from specjax.pallas.mosaic import packed
+from specjax.pallas.matmul import packed
 from specjax.quant.scheme import lookup
 from tests.quant import random_linears as draw
 
@@ -74,7 +74,7 @@ def test_bytes_and_padding():
     packing = packed.pack(linear, 16)
     assert packing.codes.dtype == jnp.uint8 and packing.codes.shape == (2, 3, 128, 64)
     assert packing.scales.shape == (2, 6, 128)
-    codes = packed.as_codes(packing)
+    codes = packing.form.format.loaded(packing.codes)
     assert codes.dtype == jnp.int4 and codes.shape == (2, 3, 128, 128)
     assert not np.any(np.asarray(packing.scales)[:, 5]) and not np.any(
         np.asarray(packing.codes)[1, :, 2:]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from specjax import errors
-from specjax.pallas import weights
+from specjax.pallas.matmul import reference
 from specjax.quant import activations, view
 from specjax.quant.dense_linear import Linear
 from specjax.quant.scheme import SCHEMES, lookup
@@ -117,7 +117,7 @@ def test_expanded_computes_the_same_accumulators(name):
     linear = draw.make(lookup(name), 24, 64, 32, perm=True, bias=True)
     expanded = view.expanded(linear)
     assert expanded.codes.dtype == jnp.int8
-    for found, wanted in zip(weights.runtime(expanded), weights.runtime(linear), strict=True):
+    for found, wanted in zip(reference.runtime(expanded), reference.runtime(linear), strict=True):
         np.testing.assert_array_equal(found, wanted)
     x = rows(64)
     np.testing.assert_array_equal(expanded(x), linear(x))

@@ -12,8 +12,10 @@ import pytest
 from specjax import verify
 from specjax.decoding import sampling as sample
 from specjax.decoding.tree import Tree
+from specjax.drafters import common_vocabulary
 from specjax.drafters.base import Chunk
 from specjax.drafters.eagle import eagle
+from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
 from specjax.drafters.self_draft import SelfDraft
 from specjax.engine import decode as decoding
@@ -75,6 +77,13 @@ BATCHES = {1: [FIRST], 4: [FIRST, SECOND, FIRST, FIRST]}
 WIDTH = len(FIRST)
 CHUNKS = 4  # calls among which the draws are divided
 TREE = (-1, 0, 0, 1, 1, 2)  # siblings at both levels
+# Draft models with fewer and more tokens than the target.
+PADDED = {
+    "narrow": VOCAB - 2,
+    "wide": VOCAB + 3,
+    "inner-narrow": VOCAB - 2,
+    "inner-wide": VOCAB + 3,
+}
 FILTERS = {"off": {"temperature": 1.3}, "on": {"temperature": 0.9, "top_k": 5, "top_p": 0.85}}
 
 
@@ -89,6 +98,13 @@ def drafter(name: str):
         return LM(model=tiny.model(TARGET_CONFIG, seed=9), draft_depth=2)
     if name == "self":
         return SelfDraft(draft_depth=2)
+    if name in PADDED:
+        other = tiny.model(tiny.config(vocab_size=PADDED[name], num_layers=1), seed=9)
+        common_vocabulary.clip(other)
+        draft = LM(model=other, draft_depth=2)
+        if name.startswith("inner"):
+            draft = Hierarchical(model=target(), inner=draft, min_draft_depth=2)
+        return common_vocabulary.fitted(draft, VOCAB)
     if name == "tree":
         table = 1.5 * np.random.default_rng(4).standard_normal((VOCAB, VOCAB))
         return planned.Bigram(table=jnp.asarray(table, jnp.float32), parents=TREE, depth=2)
@@ -171,6 +187,7 @@ def p_values(name: str, filters: str, batch: int, acceptor) -> list[float]:
 
 
 FAST = [
+    ("narrow", "off", 1),
     ("chain", "off", 1),
     ("chain", "on", 4),
     ("tree", "on", 1),
@@ -178,7 +195,7 @@ FAST = [
 ]
 SLOW = [
     (name, filters, batch)
-    for name in ("chain", "tree", *tiny.DRAFTERS)
+    for name in ("chain", "tree", *PADDED, *tiny.DRAFTERS)
     for filters in FILTERS
     for batch in (1, 4)
     if (name, filters, batch) not in FAST

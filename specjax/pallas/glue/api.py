@@ -5,7 +5,6 @@ from jaxtyping import Array, Float, Int
 
 from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts, value
-from specjax.pallas.tree_attention.config import ARCHS
 
 # Beyond this many rows XLA's own kernels have enough to do.
 _MAX_ROWS = 256
@@ -13,7 +12,7 @@ _MAX_ROWS = 256
 
 def _kernels_run(backend: dispatch.Backend, *arrays) -> bool:
     """Whether this machine and these dtypes are for the kernels."""
-    if backend not in ("auto", "mosaic") or device.unsupported(ARCHS) is not None:
+    if backend not in ("auto", "mosaic") or device.unsupported() is not None:
         return False
     return all(array.dtype in (jnp.bfloat16, jnp.float16) for array in arrays)
 
@@ -24,12 +23,12 @@ def residual_norm(
     """(x + added, norm of that); `added` None is zero.
 
     Args:
-        norm: an RMS norm as `models.layers.RMSNorm`.
+        norm: a norm as those of `models.layers`; the kernel knows `RMSNorm` whose weight is its gain.
     """
     size = x.shape[-1]
     fits = isinstance(added, Parts) and size % 1024 == 0 and added.num_rows <= _MAX_ROWS
     gain = norm.weight[...]
-    if not fits or norm.centered or gain.dtype != x.dtype or not _kernels_run(backend, x):
+    if not fits or not norm.is_plain or gain.dtype != x.dtype or not _kernels_run(backend, x):
         total = x if added is None else x + value(added)
         return total, norm(total)
     from specjax.pallas.glue import kernels

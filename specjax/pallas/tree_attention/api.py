@@ -5,20 +5,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts
-from specjax.pallas.tree_attention import config, reference
+from specjax.pallas.tree_attention import reference
 
 
 # Pallas is imported where there is a GPU for it only: it takes a third of the import time of this package.
-def _mosaic(*args, valid, **kwargs):
+def _mosaic(*args, valid, window, scale, softcap, **kwargs):
     from specjax.pallas.tree_attention import mosaic
 
     return mosaic.tree_attention(*args, **kwargs)
 
 
-def _mosaic_refuses(*args, valid, **kwargs) -> str | None:
+def _mosaic_refuses(*args, valid, window, scale, softcap, **kwargs) -> str | None:
     if valid is not None:
         return "tokens skip layers (routed depth), and the kernel has no mask of valid slots"
-    reason = device.unsupported(config.ARCHS)
+    for name, value in (("window", window), ("scale", scale), ("softcap", softcap)):
+        if value is not None:
+            return f"{name}={value:g}: the kernel has no {name}"
+    reason = device.unsupported()
     if reason is not None:
         return reason
     from specjax.pallas.tree_attention import mosaic
@@ -41,6 +44,9 @@ def tree_attention(
     prefix: Int[Array, "B"],
     tail: Bool[Array, "B T W"] | None,
     valid: Bool[Array, "B S"] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     backend: dispatch.Backend = "auto",
 ) -> Float[Array, "B T H C"]:
     """See `reference.tree_attention`, which defines the op.
@@ -54,6 +60,9 @@ def tree_attention(
         prefix=prefix,
         tail=tail,
         valid=valid,
+        window=window,
+        scale=scale,
+        softcap=softcap,
     )
 
 
@@ -61,7 +70,7 @@ def kernel_takes(
     projected: Parts, keys: Float[Array, "B K S C"], tail: Bool[Array, "B T W"] | None
 ) -> bool:
     """Whether `project_and_attend` can run here: as for `tree_attention`, with queries like the cache."""
-    if device.unsupported(config.ARCHS) is not None:
+    if device.unsupported() is not None:
         return False
     from specjax.pallas.tree_attention import mosaic
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from specjax.pallas.device import Gpu
 
-# Compute capabilities that there are kernels for.
-ARCHS = ((9, 0), (8, 0), (8, 6), (8, 7), (8, 9))
 # Rows that the matrix instructions of one warpgroup (four warps) take.
 ROWS = 64
 # Bits of a mask word; a tail is at most MAX_WORDS words wide.

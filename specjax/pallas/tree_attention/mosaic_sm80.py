@@ -1,4 +1,4 @@
-"""Tree attention for sm_80 to sm_89: cp.async through `emit_pipeline`, and mma.sync. See `mosaic` for the frame."""
+"""Tree attention for sm_80 to sm_89: cp.async through `emit_pipeline`, and mma.sync. `frame.py` has what both share."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +7,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from specjax.pallas.tree_attention import mosaic
+from specjax.pallas.tree_attention import frame
 from specjax.pallas.tree_attention.config import ROWS
 
 
-def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
-    """One warpgroup per thread block; sums by split, see `mosaic.out_types`."""
+def kernel(layout: frame.Layout, q, keys, values, mask, bounds):
+    """One warpgroup per thread block; sums by split, see `frame.out_types`."""
     config = layout.config
     batch, kv_heads, capacity, channels = keys.shape
     blocks = capacity // config.block
@@ -22,7 +22,7 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
         head, tile, split = (lax.axis_index(name) for name in ("head", "tile", "split"))
         sequence, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         prefix, start = bounds_ref[sequence, 0], bounds_ref[sequence, 1]
-        count, _ = mosaic.block_range(layout, (prefix, start), split, tile)
+        count, _ = frame.block_range(layout, (prefix, start), split, tile)
         rows = pl.ds(tile * ROWS, ROWS)
         dtype = q_ref.dtype
         accumulator = plgpu.Layout.MMA_ACC(dtype)
@@ -50,10 +50,10 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
                 (split + step * config.splits) * config.block
             )
             spread = [lax.broadcast_in_dim(word, shape, (0,)) for word in words]
-            seen = mosaic.visible(layout, column, spread, prefix)
-            scaled = scores * mosaic.score_scale(channels)
-            scaled = jnp.where(seen, scaled, jnp.float32(mosaic.NEVER))
-            weights, decay, top, total = mosaic.online_softmax(scaled, top, total)
+            seen = frame.visible(layout, column, spread, prefix)
+            scaled = scores * frame.score_scale(channels)
+            scaled = jnp.where(seen, scaled, jnp.float32(frame.NEVER))
+            weights, decay, top, total = frame.online_softmax(scaled, top, total)
             out = out * lax.broadcast_in_dim(decay, out.shape, (0,))
             loaded = plgpu.load(v_smem, layout=plgpu.Layout.MMA_RHS(dtype))
             return _mma(layout, out, _as_left(layout, weights, dtype), loaded), top, total
@@ -64,7 +64,7 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
         spec = plgpu.BlockSpec((config.block, channels), where, transforms=halves)
         carry = (
             constant((ROWS, channels), 0.0, accumulator),
-            constant((ROWS,), mosaic.NEVER, by_row),
+            constant((ROWS,), frame.NEVER, by_row),
             constant((ROWS,), 0.0, by_row),
         )
         out, top, total = plgpu.emit_pipeline(
@@ -80,8 +80,8 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
 
     run = plgpu.kernel(
         body,
-        out_type=mosaic.out_types(layout, q, ROWS),
-        **mosaic.grid(layout, q),
+        out_type=frame.out_types(layout, q, ROWS),
+        **frame.grid(layout, q),
         kernel_name="tree_attention_sm80",
         interpret=layout.interpret,
         compiler_params=plgpu.CompilerParams(
@@ -92,7 +92,7 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
     return run(q, keys.reshape(rows_of), values.reshape(rows_of), mask, bounds)
 
 
-def _mma(layout: mosaic.Layout, accumulator, left, right):
+def _mma(layout: frame.Layout, accumulator, left, right):
     """accumulator + left right."""
     if layout.interpret is None:
         return plgpu.mma(accumulator, left, right)
@@ -100,7 +100,7 @@ def _mma(layout: mosaic.Layout, accumulator, left, right):
     return accumulator + jnp.dot(left.astype(jnp.float32), right.astype(jnp.float32))
 
 
-def _as_left(layout: mosaic.Layout, weights, dtype):
+def _as_left(layout: frame.Layout, weights, dtype):
     """An accumulator as the left operand of the next product: the same registers under other names."""
     weights = weights.astype(dtype)
     if layout.interpret is not None:

@@ -1,4 +1,4 @@
-"""Tree attention for Hopper: TMA copies and wgmma. See `mosaic` for the frame."""
+"""Tree attention for Hopper: TMA copies and wgmma. `frame.py` has what both share."""
 
 import functools
 
@@ -7,11 +7,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from specjax.pallas.tree_attention import mosaic
+from specjax.pallas.tree_attention import frame
 from specjax.pallas.tree_attention.config import ROWS
 
 
-def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
+def kernel(layout: frame.Layout, q, keys, values, mask, bounds):
     """One warpgroup copies with TMA, the others multiply with wgmma; each of those has 64 rows."""
     config = layout.config
     channels, kv_heads = q.shape[-1], q.shape[1]
@@ -36,7 +36,7 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
         warpgroup = lax.axis_index("warpgroup")
         sequence, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         prefix, start = bounds_ref[sequence, 0], bounds_ref[sequence, 1]
-        count, num_full = mosaic.block_range(layout, (prefix, start), split, tile)
+        count, num_full = frame.block_range(layout, (prefix, start), split, tile)
 
         @pl.when(warpgroup == groups)
         def _copy():
@@ -85,9 +85,9 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
 
     run = plgpu.kernel(
         body,
-        out_type=mosaic.out_types(layout, q, kept),
+        out_type=frame.out_types(layout, q, kept),
         scratch_types=scratch,
-        **mosaic.grid(layout, q),
+        **frame.grid(layout, q),
         num_threads=groups + 1,
         thread_name="warpgroup",
         kernel_name="tree_attention",
@@ -97,12 +97,12 @@ def kernel(layout: mosaic.Layout, q, keys, values, mask, bounds):
     return run(q, keys, values, mask, bounds)
 
 
-def _attend(layout: mosaic.Layout, queries, mask_rows, smem, place, count, num_full):
+def _attend(layout: frame.Layout, queries, mask_rows, smem, place, count, num_full):
     """The compute warpgroup's loop; returns the unnormalized sums, maxima and sums of weights of its rows."""
     config, (prefix, split) = layout.config, place
     channels, dtype = queries.shape[-1], queries.dtype
     by_row = plgpu.Layout.WGMMA.reduce(1)
-    scale = mosaic.score_scale(channels)
+    scale = frame.score_scale(channels)
     words = [plgpu.load(ref, layout=by_row, optimized=False) for ref in mask_rows]
 
     def constant(shape, value, layout):
@@ -124,9 +124,9 @@ def _attend(layout: mosaic.Layout, queries, mask_rows, smem, place, count, num_f
                 jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
             ) + ((split + step * config.splits) * config.block)
             spread = [lax.broadcast_in_dim(word, scores.shape, (0,)) for word in words]
-            seen = mosaic.visible(layout, column, spread, prefix)
-            scores = jnp.where(seen, scores, jnp.float32(mosaic.NEVER))
-        weights, decay, top, total = mosaic.online_softmax(scores, top, total)
+            seen = frame.visible(layout, column, spread, prefix)
+            scores = jnp.where(seen, scores, jnp.float32(frame.NEVER))
+        weights, decay, top, total = frame.online_softmax(scores, top, total)
         out = out * lax.broadcast_in_dim(decay, out.shape, (0,))
         weights = weights.astype(dtype)
         plgpu.barrier_wait(smem["v_full"].at[stage])
@@ -145,7 +145,7 @@ def _attend(layout: mosaic.Layout, queries, mask_rows, smem, place, count, num_f
 
     carry = (
         constant((ROWS, channels), 0.0, plgpu.Layout.WGMMA),
-        constant((ROWS,), mosaic.NEVER, by_row),
+        constant((ROWS,), frame.NEVER, by_row),
         constant((ROWS,), 0.0, by_row),
     )
     num_full = jnp.minimum(num_full, count)

@@ -16,7 +16,7 @@ from specjax.depth.routed import Routed
 from specjax.depth.router import Router
 from specjax.errors import ConfigError
 from specjax.models import layers
-from specjax.models.llama import Llama, LlamaModel, dense_weight
+from specjax.models.llama import Llama, dense_weight
 from specjax.quant.dense_linear import Linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -78,7 +78,15 @@ def init(key: Array, model: ModelConfig, config: DepthConfig, rank: int) -> Adap
 
 
 def check_base(model: Llama) -> None:
-    """Raises ConfigError unless the model can be trained and merged: dense projections, one by one."""
+    """Raises ConfigError unless the model can be trained and merged: dense projections, in layers like Llama's."""
+    settings = ("norm_placement", "windows", "query_scale", "layer_scales", "score_softcap")
+    for name in (*settings, "residual_multiplier"):
+        default = ModelConfig.__dataclass_fields__[name].default
+        found = getattr(model.config, name)
+        if found != default and not (name == "windows" and set(found) == {None}):
+            raise ConfigError(
+                f"{model.config.architecture} with {name} = {found!r}: depth is trained for layers like Llama's"
+            )
     for index, layer in enumerate(model.model.layers):
         for name in PROJECTIONS:
             linear = getattr(layer.self_attn, name)
@@ -98,7 +106,7 @@ def merge(model: Llama, updates: Sequence[LayerAdapter]) -> Llama:
     """
     check_base(model)
     merged = [_merged(*pair) for pair in zip(model.model.layers, updates, strict=True)]
-    inner = LlamaModel(model.model.embed_tokens, merged, model.model.norm)
+    inner = model.model.having(layers=merged)
     return Llama(model.config, inner, model.lm_head)
 
 
@@ -110,14 +118,7 @@ def _merged(layer: layers.DecoderLayer, update: LayerAdapter) -> layers.DecoderL
         weight = dense_weight(linear, jnp.float32) + getattr(update, name).matrix()
         bias = None if linear.bias is None else linear.bias[...]
         projections[name] = Linear(weight.astype(linear.weight.dtype), bias)
-    return layers.DecoderLayer(
-        layers.Attention(
-            attention.config, o_proj=attention.o_proj, backend=attention.backend, **projections
-        ),
-        layer.mlp,
-        layer.input_layernorm,
-        layer.post_attention_layernorm,
-    )
+    return layer.having(self_attn=attention.having(**projections))
 
 
 def routed(model: Llama, adapter: Adapter) -> Llama:

@@ -78,13 +78,16 @@ def forward(
         eviction: see `Eviction`.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rope = layers.rope_tables(model.config.rope, model.config.head_dim, positions)
-    x = model.model.embed_tokens(tokens)
+    tables = tuple(
+        layers.rope_tables(rope, model.config.head_dim, positions) for rope in model.config.ropes
+    )
+    x = model.embed(tokens, positions)
     executed = []
     for index, layer in enumerate(model.model.layers):
         own = None if noise is None else noise.of_layer(index)
         weight = _weight(adapter, index, x, positions, own)
         update = None if adapter is None else adapter.layers[index]
+        rope = layers.tables_of(layer, tables)
         y = _layer(layer, update, x, rope, weight, own, eviction)
         share = weight[..., None].astype(x.dtype)
         x = share * y + (1 - share) * x
@@ -132,7 +135,7 @@ def _layer(
             for index, (name, part) in enumerate(zip(PROJECTIONS, projected, strict=True))
         )
     q, k, v = projected
-    q, k = layers.apply_rope(q, *rope), layers.apply_rope(k, *rope)
+    q, k = attention.rotate(q, k, rope)
     attended = _attend(q, k, v, weight, eviction).reshape(*x.shape[:2], -1)
     x = x + parts.value(parts.product(attention.o_proj, attended))
     return x + parts.value(layer.mlp(layer.post_attention_layernorm(x)))

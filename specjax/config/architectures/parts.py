@@ -1,0 +1,93 @@
+"""What declarations of architectures share."""
+
+from typing import Any
+
+from specjax.config import fields as read
+from specjax.config.rope import RopeConfig
+from specjax.errors import ConfigError
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def activation(config: dict[str, Any], field: str = "hidden_act", default: str = "silu") -> str:
+    """The nonlinearity of the feed-forward."""
+    name = config.get(field)
+    name = default if name is None else name
+    if name not in _ACTIVATIONS:
+        raise ConfigError(
+            f"{field} = {name!r} is not supported (supported: {', '.join(_ACTIVATIONS)})"
+        )
+    return _ACTIVATIONS[name]
+
+
+def rope(config: dict[str, Any], **defaults: Any) -> RopeConfig:
+    """The rotary embedding of an architecture with one."""
+    return RopeConfig.from_hf(config, **defaults)
+
+
+def refuse(config: dict[str, Any], *names: str, why: str) -> None:
+    """Refuses flags under which the architecture computes something that is not implemented."""
+    for name in names:
+        if config.get(name):
+            raise ConfigError(f"{name} = {config[name]!r} is not supported ({why})")
+
+
+def no_windows(config: dict[str, Any]) -> None:
+    """Refuses layer types that the architecture does not have."""
+    other = set(config.get("layer_types") or ()) - {FULL}
+    if other:
+        raise ConfigError(
+            f"layer_types has {sorted(map(str, other))}: only {FULL} is supported for "
+            f"model type {config.get('model_type')!r}"
+        )
+
+
+def same_window(config: dict[str, Any], default: int | None) -> tuple[int | None, ...]:
+    """Windows of an architecture whose layers all have that of `sliding_window`; null is none."""
+    count = read.size(config, "num_hidden_layers")
+    window = config.get("sliding_window", default)
+    window = None if window is None else read.size(config, "sliding_window", default)
+    stated = set(read.listed(config, "layer_types", count) or ())
+    if stated - {FULL if window is None else SLIDING}:
+        raise ConfigError(
+            f"layer_types has {sorted(map(str, stated))} beside sliding_window = {window!r}, which holds for "
+            "all layers of this architecture"
+        )
+    return (window,) * count
+
+
+def typed_windows(
+    config: dict[str, Any], types: list[str], window: int | None
+) -> tuple[int | None, ...]:
+    """Windows by `layer_types`; `types` is the default."""
+    stated = read.listed(config, "layer_types", len(types))
+    types = types if stated is None else stated
+    unknown = sorted({str(kind) for kind in types} - {FULL, SLIDING})
+    if unknown:
+        raise ConfigError(f"layer_types has {unknown}: supported are {FULL} and {SLIDING}")
+    if window is None and SLIDING in types:
+        raise ConfigError(f"layer_types has {SLIDING}, but there is no sliding_window")
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def qwen_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
+    """Windows of the layers from `max_window_layers` on, where `use_sliding_window` is true."""
+    count, window = read.size(config, "num_hidden_layers"), None
+    if read.flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None:
+        window = read.size(config, "sliding_window", 4096)
+    first = config.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ConfigError(f"max_window_layers = {first!r}: expected a number of layers")
+    types = [SLIDING if window is not None and i >= first else FULL for i in range(count)]
+    return typed_windows(config, types, window)

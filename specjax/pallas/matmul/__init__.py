@@ -1,0 +1,1 @@
+"""Products of rows with quantized weights: one op over the formats of `formats/`."""

@@ -1,0 +1,1 @@
+"""Weight formats, one file each; `registry.py` lists them."""

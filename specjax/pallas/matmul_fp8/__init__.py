@@ -1,1 +1,0 @@
-"""Matmul of e4m3 inputs and e4m3 weights."""

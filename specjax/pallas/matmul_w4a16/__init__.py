@@ -1,1 +1,0 @@
-"""Matmul of float inputs and 4-bit weights."""

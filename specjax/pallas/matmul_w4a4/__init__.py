@@ -1,1 +1,0 @@
-"""Matmul of int4 inputs and 4-bit integer weights."""

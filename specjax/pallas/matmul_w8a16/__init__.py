@@ -1,1 +1,0 @@
-"""Matmul of float inputs and 8-bit weights."""

@@ -1,8 +1,0 @@
-"""Matmul of float inputs and 8-bit integer weights on NVIDIA GPUs, from packed weights."""
-
-import functools
-
-from specjax.pallas.mosaic import matmul as shared
-
-# See `mosaic.matmul.float_matmul` for arguments and result.
-matmul = functools.partial(shared.float_matmul, name="matmul_w8a16")

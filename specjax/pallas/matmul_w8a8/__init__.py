@@ -1,1 +1,0 @@
-"""Matmul of int8 (or int4) inputs and int8 weights."""
