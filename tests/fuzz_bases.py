@@ -92,11 +92,16 @@ def load(base: Base, path: Path) -> dict[str, Any]:
         return leaves(loaded) | {"choices": choices}
     if base.kind.startswith("eagle"):
         head = heads.load_eagle(path, target(), "target")
-        settings = dataclasses.asdict(head.config) | {"layer_ids": getattr(head, "layer_ids", None)}
-        return leaves(head) | {"config": settings}
+        layer_ids = {"layer_ids": getattr(head, "layer_ids", None)}
+        return leaves(head) | {"config": settings(head.config) | layer_ids}
     checkpoint = checkpoints.open_checkpoint(path)
     module = llama.build(checkpoint, jnp.dtype("float32"))
-    return leaves(module) | {"config": dataclasses.asdict(checkpoint.config)}
+    return leaves(module) | {"config": settings(checkpoint.config)}
+
+
+def settings(config) -> dict[str, Any]:
+    """What a configuration says that a forward pass or generation reads."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.compare}
 
 
 def leaves(module) -> dict[str, Any]:

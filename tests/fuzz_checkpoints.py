@@ -153,15 +153,34 @@ def _field(rng, base: Base, kind: str) -> Mutation:
         kind=kind,
         what=shown,
         base=edited,
-        names=(*names, *(n.rpartition(".")[2] for n in names), file, *_about(base)),
+        names=(*names, *(n.rpartition(".")[2] for n in names), file, *_about(base, str(path[0]))),
         fields=frozenset(fields),
         weights=weights,
     )
 
 
-def _about(base: Base) -> tuple[str, ...]:
-    """Tokenizer files are read by a library whose messages name no field."""
-    return ("tokenizer",) if base.kind == "tokenizer" else ()
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+_SIZES += (
+    "head_dim",
+    "draft_vocab_size",
+    "eagle_aux_hidden_state_layer_ids",
+    "feed_forward_length",
+)
+
+
+def _about(base: Base, key: str = "") -> tuple[str, ...]:
+    """What else names the place: a tensor's shape that contradicts a size; messages of the tokenizers library name no
+    field.
+    """
+    if base.kind == "tokenizer":
+        return ("tokenizer",)
+    return ("has shape", "shape is") if key.rpartition(".")[2] in _SIZES else ()
 
 
 def _may_change(base: Base, file: str, path: tuple) -> tuple[set[str], bool]:

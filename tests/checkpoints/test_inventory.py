@@ -12,6 +12,7 @@ from specjax.checkpoints import heads, inventory
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.models import llama
+from specjax.quantize import selfcheck
 from tests import fuzz_bases
 from tests.checkpoints import test_hf
 
@@ -83,12 +84,32 @@ def test_layers_beyond_those_that_are_counted(tmp_path):
     weights = test_hf.tensors()
     weights |= {n.replace(".0.", ".1."): a for n, a in weights.items() if ".layers.0." in n}
     path = test_hf.folder(tmp_path, weights)
-    message = r"holds model\.layers\.1\..* there are 1 layers .*state 2, or remove"
+    message = (
+        r"holds model\.layers\.1\..* num_hidden_layers \(block_count\) = 1: state 2, or remove"
+    )
     with pytest.raises(CheckpointError, match=message):
         checkpoints.open_checkpoint(path)
     weights |= {"model.layers.1.eh_proj.weight": np.ones((16, 32), np.float16)}
     test_hf.folder(tmp_path, weights)  # a layer that predicts further tokens
     assert checkpoints.open_checkpoint(path).config.num_layers == 1
+
+
+def test_layers_that_are_counted_and_not_there(tmp_path):
+    path = test_hf.folder(tmp_path, test_hf.tensors(), num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"layer 1 is missing: .*num_hidden_layers .* = 3"):
+        checkpoints.open_checkpoint(path)
+
+
+def test_a_part_that_is_written_and_not_read_back_is_found(tmp_path):
+    (tmp_path / "m").mkdir()
+    path = test_hf.folder(tmp_path / "m", test_hf.tensors())
+    checkpoint = checkpoints.open_checkpoint(path)
+    module = llama.build(checkpoint, jnp.float32)
+    selfcheck._check_parts(module, module, checkpoint)
+    without = llama.Llama(module.config, module.model, None)
+    with pytest.raises(CheckpointError, match=r"differs from the model in memory in lm_head\."):
+        selfcheck._check_parts(module, without, checkpoint)
+    assert not path.exists()
 
 
 def medusa(path, remove=(), **fields):
