@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from specjax import loading
 from specjax.checkpoints import heads
+from specjax.decoding import sampling as sample
 from specjax.drafters import common_vocabulary, draft_vocabulary
 from specjax.drafters.base import Drafter
 from specjax.drafters.eagle import eagle
@@ -28,6 +29,8 @@ from specjax.loading import LoadOptions
 from specjax.quantize import heads as rotated
 from specjax.quantize import shrink
 
+_LONGEST_DEFAULT = 64  # so that no default is refused on a model of few positions
+
 Spec = str | dict[str, Any] | Drafter
 
 
@@ -36,7 +39,7 @@ def _none(target) -> Drafter:
 
 
 def _ngram(target, draft_depth: int = 7, ngram_max: int = 4, ngram_min: int = 2) -> Drafter:
-    _positive(draft_depth=draft_depth, ngram_min=ngram_min)
+    _positive(target, draft_depth=draft_depth, ngram_min=ngram_min, ngram_max=ngram_max)
     if ngram_max < ngram_min:
         raise ConfigError(f"{ngram_max=} is below {ngram_min=}")
     return Ngram(draft_depth=draft_depth, ngram_max=ngram_max, ngram_min=ngram_min)
@@ -49,7 +52,7 @@ def _lm(
     scheme: str | None = None,
     quantize: str | None = None,
 ) -> Drafter:
-    _positive(draft_depth=draft_depth)
+    _positive(target, draft_depth=draft_depth)
     draft = _draft_model(target, model, scheme, quantize)
     drafter = LM(model=draft.module, draft_depth=draft_depth)
     return common_vocabulary.fitted(drafter, target.config.vocab_size)
@@ -63,7 +66,7 @@ def _hierarchical(
     scheme: str | None = None,
     quantize: str | None = None,
 ) -> Drafter:
-    _positive(min_draft_depth=min_draft_depth)
+    _positive(target, min_draft_depth=min_draft_depth)
     draft = _draft_model(target, model, scheme, quantize, needs_codes(inner))
     drafter = Hierarchical(
         model=draft.module, inner=build(inner, draft), min_draft_depth=min_draft_depth
@@ -72,7 +75,7 @@ def _hierarchical(
 
 
 def _self(target, scheme: str | None = None, draft_depth: int = 3) -> Drafter:
-    _positive(draft_depth=draft_depth)
+    _positive(target, draft_depth=draft_depth)
     if scheme is not None:
         target.module.with_scheme(
             scheme
@@ -90,6 +93,12 @@ def _eagle(
     vocabulary_size: int | None = None,
     scheme: str | None = None,
 ) -> Drafter:
+    _positive(target, draft_depth=draft_depth)
+    if (
+        sample.whole("num_nodes", num_nodes)
+        and sample.whole("topk", topk) > target.config.vocab_size
+    ):
+        raise ConfigError(f"{topk=} exceeds the vocabulary of {target.config.vocab_size} tokens")
     path = model or target.default_head
     if path is None:
         raise ConfigError(
@@ -212,10 +221,14 @@ def build(spec: Spec, target) -> Drafter:
     return _BUILDERS[spec["kind"]](target, **arguments)
 
 
-def _positive(**values: int) -> None:
+def _positive(target, **values: Any) -> None:
+    """Checks lengths of drafts: whole numbers from 1 to the target's positions."""
+    most = max(target.config.max_position_embeddings, _LONGEST_DEFAULT)
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if sample.whole(name, value) < 1:
             raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
+        if value > most:
+            raise ConfigError(f"{name}={value}: the target has {most} positions; at most so many")
 
 
 def needs_codes(spec: Spec) -> bool:
