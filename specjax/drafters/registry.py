@@ -94,10 +94,8 @@ def _eagle(
     scheme: str | None = None,
 ) -> Drafter:
     _positive(target, draft_depth=draft_depth)
-    if (
-        sample.whole("num_nodes", num_nodes)
-        and sample.whole("topk", topk) > target.config.vocab_size
-    ):
+    sample.whole("num_nodes", num_nodes)
+    if sample.whole("topk", topk) > target.config.vocab_size:
         raise ConfigError(f"{topk=} exceeds the vocabulary of {target.config.vocab_size} tokens")
     path = model or target.default_head
     if path is None:
