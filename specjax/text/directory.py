@@ -41,7 +41,7 @@ def read(path: Path, source: Path):
     try:
         tokenizer = reader.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the readers raise whatever their parsers do
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{source}: the tokenizer cannot be read: {reason}") from error
     settings = _settings(path)
     _set_prefix_space(tokenizer.backend_tokenizer, settings)
