@@ -101,7 +101,9 @@ def load(base: Base, path: Path) -> dict[str, Any]:
 
 def settings(config) -> dict[str, Any]:
     """What a configuration says that a forward pass or generation reads."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.compare}
+    found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.compare}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return found | {"biases": [name for name in names if config.has_bias(name)]}
 
 
 def leaves(module) -> dict[str, Any]:
