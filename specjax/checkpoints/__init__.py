@@ -21,6 +21,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     if path.is_dir():
         checkpoint = hf.open_folder(path)
+        checkpoint.source.forget()
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     elif path.suffix == ".gguf":

@@ -56,7 +56,7 @@ class CompressedTensorsFormat:
         if config.get("quant_method") != "compressed-tensors":
             return None
         for field in ("sparsity_config", "transform_config"):
-            value = config.get(field) or {}
+            value = tensors.mapping(config.get(field), field)
             if value and value.get("format") != "dense":
                 raise CheckpointError(
                     f"quantization_config.{field}={value!r} is not supported; supported: empty"
@@ -72,7 +72,7 @@ class CompressedTensorsFormat:
             groups=tuple(
                 settings.parse_group(n, g, config.get("format")) for n, g in groups.items()
             ),
-            ignore=tuple(config.get("ignore") or ()),
+            ignore=tensors.names(config.get("ignore"), "ignore"),
         )
 
     def linear(

@@ -34,6 +34,7 @@ class Group:
 def matches(pattern: str, prefix: str) -> bool:
     """Whether a module pattern names `prefix`: `re:REGEX` is matched from the start, other text as a whole path."""
     if pattern.startswith("re:"):
+        tensors.pattern(pattern[3:], "config_groups or ignore")
         return re.match(pattern[3:], prefix) is not None
     return prefix == pattern
 
@@ -45,11 +46,12 @@ def parse_group(name: str, group: dict, default_layout: str | None) -> Group:
         CheckpointError: a setting is not supported; names the field.
     """
     field = f"config_groups.{name}"
+    group = tensors.mapping(group, field)
     if group.get("output_activations"):
         raise CheckpointError(
             f"quantization_config.{field}.output_activations is not supported; supported: null"
         )
-    weights = group.get("weights") or {}
+    weights = tensors.mapping(group.get("weights"), f"{field}.weights")
     kind = tensors.one_of(weights.get("type", "int"), ("int", "float"), f"{field}.weights.type")
     bits = weights.get("num_bits")
     tensors.one_of(bits, (4, 8) if kind == "int" else (8,), f"{field}.weights.num_bits")
@@ -59,7 +61,7 @@ def parse_group(name: str, group: dict, default_layout: str | None) -> Group:
     tensors.one_of(strategy, ("group", "channel", "tensor"), f"{field}.weights.strategy")
     size = weights.get("group_size") if strategy == "group" else -1
     tensors.group_size(size, f"{field}.weights.group_size")
-    symmetric = bool(weights.get("symmetric", True))
+    symmetric = tensors.flag(weights.get("symmetric"), f"{field}.weights.symmetric") is not False
     activations = _parse_activations(group.get("input_activations"), kind, field)
     if not symmetric and (kind == "float" or (bits == 8 and activations is not None)):
         raise CheckpointError(
@@ -68,7 +70,7 @@ def parse_group(name: str, group: dict, default_layout: str | None) -> Group:
         )
     spec = WeightSpec(kind=kind, bits=bits, symmetric=symmetric)
     return Group(
-        targets=tuple(group.get("targets") or ()),
+        targets=tensors.names(group.get("targets"), f"{field}.targets"),
         layout=layout,
         scheme=Scheme(weights=spec, activations=activations),
         group_size=size,
@@ -79,9 +81,10 @@ def parse_group(name: str, group: dict, default_layout: str | None) -> Group:
 
 def _parse_activations(config: dict | None, kind: str, field: str) -> ActivationSpec | None:
     """Dynamic per-token symmetric activations of the weights' kind; the only ones supported."""
+    field = f"{field}.input_activations"
+    config = tensors.mapping(config, field)
     if not config:
         return None
-    field = f"{field}.input_activations"
     tensors.one_of(config.get("type", "int"), (kind,), f"{field}.type")
     bits = (4, 8) if kind == "int" else (8,)
     tensors.one_of(config.get("num_bits"), bits, f"{field}.num_bits")

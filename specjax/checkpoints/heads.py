@@ -32,8 +32,7 @@ def load_eagle(path: Path, target: Llama, target_name: str):
         CheckpointError: its tensors are of no known kind, malformed or incomplete.
     """
     raw = _read_config(path)
-    shape = raw.get("transformer_layer_config", raw)
-    config = ModelConfig.from_hf({**shape, "architectures": ["LlamaForCausalLM"]})
+    config = _read_shape(path, raw)
     checkpoint = _Head(path, config, source.open_source(path))
     if checkpoint.has("midlayer.hidden_norm.weight"):
         _check_fit(path, config, target.config, target_name, ("vocab_size",))
@@ -100,6 +99,17 @@ def _read_choices(path: Path) -> dict[str, list]:
     return choices
 
 
+def _read_shape(path: Path, raw: dict) -> ModelConfig:
+    """The head's layer as a configuration; heads name architectures of their own."""
+    shape = raw.get("transformer_layer_config", raw)
+    if not isinstance(shape, dict):
+        raise ConfigError(f"{path}: transformer_layer_config = {shape!r}: expected an object")
+    try:
+        return ModelConfig.from_hf({**shape, "architectures": ["LlamaForCausalLM"]})
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'config.json'}: {error}") from error
+
+
 class _Head(hf.HFCheckpoint):
     """A head's folder; EAGLE-3 heads in the speculators layout answer to the upstream names."""
 
@@ -119,7 +129,15 @@ class _Head(hf.HFCheckpoint):
 
 def _build_eagle3(checkpoint: _Head, raw: dict, target: Llama) -> eagle3.Eagle3Head:
     layers = target.config.num_layers
-    ids = raw.get("eagle_aux_hidden_state_layer_ids") or (2, layers // 2, layers - 3)
+    field = "eagle_aux_hidden_state_layer_ids"
+    ids = raw.get(field) or (2, layers // 2, layers - 3)
+    if not isinstance(ids, list | tuple) or any(type(i) is not int for i in ids):
+        raise ConfigError(f"{checkpoint.path}: {field} = {ids!r}: expected a list of layers")
+    drafts = raw.get("draft_vocab_size") or checkpoint.config.vocab_size
+    if type(drafts) is not int or drafts < 1:
+        raise ConfigError(
+            f"{checkpoint.path}: draft_vocab_size = {drafts!r}: expected a positive integer"
+        )
     if any(not 0 <= i < layers for i in ids) or len(set(ids)) != len(ids):
         raise ConfigError(
             f"{checkpoint.path}: an EAGLE-3 head reads the inputs of layers {list(ids)}; the target has {layers} "
@@ -135,7 +153,7 @@ def _build_eagle3(checkpoint: _Head, raw: dict, target: Llama) -> eagle3.Eagle3H
         target.dtype,
         layer_ids=tuple(ids),
         target_width=target.config.hidden_size,
-        num_drafts=raw.get("draft_vocab_size") or checkpoint.config.vocab_size,
+        num_drafts=drafts,
     )
 
 

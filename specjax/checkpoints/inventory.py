@@ -51,14 +51,12 @@ def warn(checkpoint, ignore: str | None = None) -> None:
 
 
 def check_layers(checkpoint) -> None:
-    """Raises CheckpointError if the files hold layers beyond those that the configuration counts."""
+    """Raises CheckpointError if the files do not hold as many layers as the configuration counts."""
     source, count = _source(checkpoint), checkpoint.config.num_layers
-    beyond = {
+    found = {
         int(match[1]): name
         for name in source.names()
-        if not _OTHER_MODELS.match(name)
-        and (match := _LAYER.match(name))
-        and int(match[1]) >= count
+        if not _OTHER_MODELS.match(name) and (match := _LAYER.match(name))
     }
     # A layer that predicts further tokens stands behind the model's own.
     predictors = {
@@ -66,12 +64,17 @@ def check_layers(checkpoint) -> None:
         for name in source.names()
         if _OTHER_MODELS.match(name) and (match := _LAYER.match(name))
     }
-    extra = sorted(set(beyond) - predictors)
-    if extra:
+    layers = sorted(set(found) - predictors)
+    if not layers or layers[-1] + 1 == count:
+        return
+    says = f"its configuration says num_hidden_layers (block_count) = {count}"
+    if layers[-1] >= count:
         raise CheckpointError(
-            f"{checkpoint.path} holds {beyond[extra[0]]}, but its configuration says that there are {count} layers "
-            f"(num_hidden_layers, block_count): state {extra[-1] + 1}, or remove the tensors"
+            f"{checkpoint.path} holds {found[layers[-1]]}, but {says}: state {layers[-1] + 1}, or remove the tensors"
         )
+    raise CheckpointError(
+        f"{checkpoint.path}: layer {layers[-1] + 1} is missing: the last one stored has {found[layers[-1]]}, but {says}"
+    )
 
 
 def _source(checkpoint):
@@ -101,6 +104,6 @@ def _says_nothing(source, name: str) -> bool:
 
 
 def _same(source, name: str, other: str) -> bool:
-    if source.shape(name) != source.shape(other) or source.dtype(name) != source.dtype(other):
+    if source.shape(name) != source.shape(other):
         return False
-    return np.array_equal(source.read(name), source.read(other))
+    return np.array_equal(*(source.read(n).astype(np.float32) for n in (name, other)))

@@ -85,13 +85,18 @@ class SpecjaxFormat:
                 f"{prefix}.bias: {'present' if 'bias' in arrays else 'missing'}, which the configuration contradicts"
             )
         scales = (*tensors.FLOATS, np.int8) if "channel_scales" in arrays else tensors.FLOATS
-        return QuantizedLinear(
-            codes=_read_codes(source, f"{prefix}.codes", scheme, (out_features, in_features)),
-            scales=jnp.asarray(tensors.read(source, f"{prefix}.scales", scales, table)),
-            scheme=scheme,
-            group_size=group_size,
-            **arrays,
-        )
+        codes_array = _read_codes(source, f"{prefix}.codes", scheme, (out_features, in_features))
+        scales_array = jnp.asarray(tensors.read(source, f"{prefix}.scales", scales, table))
+        try:
+            return QuantizedLinear(
+                codes=codes_array,
+                scales=scales_array,
+                scheme=scheme,
+                group_size=group_size,
+                **arrays,
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"{prefix}: {error}") from error
 
     def tensor(self, source: TensorSource, name: str) -> None:
         """No dense tensor is renamed or transformed."""

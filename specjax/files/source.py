@@ -33,6 +33,10 @@ class RecordedSource:
         self._read.add(name)
         return self._source.read(name)
 
+    def forget(self) -> None:
+        """Lets nothing count as read: what was read so far was only looked at."""
+        self._read.clear()
+
     def unread(self) -> tuple[str, ...]:
         """Names of tensors that nobody has read, in the files' order."""
         return tuple(name for name in self.names() if name not in self._read)

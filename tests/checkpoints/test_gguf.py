@@ -592,3 +592,16 @@ def test_the_model_that_ships():
         dense = np.asarray(ours.dequantize())
         dense = to_gguf_rows(dense, 3) if name == "k_proj" else dense
         np.testing.assert_array_equal(dense, expected)
+
+
+def test_blocks_beyond_those_that_are_counted_are_refused(tmp_path):
+    path = write(tmp_path / "m.gguf", METADATA | {"llama.block_count": 1}, tensors())
+    message = r"holds blk\.1\..* num_hidden_layers \(block_count\) = 1: state 2, or remove"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.open_checkpoint(path)
+
+
+def test_wrong_settings_are_named_by_their_key(tmp_path):
+    path = write(tmp_path / "m.gguf", METADATA | {"llama.embedding_length": 2.5}, tensors())
+    with pytest.raises(ConfigError, match=r"metadata key llama\.embedding_length: hidden_size = 2"):
+        gguf.open_file(path)
