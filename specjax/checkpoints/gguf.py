@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from specjax.checkpoints import gguf_file, gguf_split
 from specjax.checkpoints.gguf_architectures import (
     ARCHITECTURES,
+    CONFIG_KEYS,
     GLOBAL_NAMES,
     LAYER_NAMES,
     GGUFArchitecture,
@@ -28,18 +29,6 @@ from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
 
 _SCHEMES = {"Q4_0": "w4a16", "Q4_1": "w4a16-asym", "Q8_0": "w8a16"}
-# Where the fields of a configuration stand in the metadata, below the architecture's name: for messages.
-_CONFIG_KEYS = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = {
     "short_factor": "rope_factors_short.weight",
@@ -200,7 +189,7 @@ def read_config(file: GGUFFile | GGUFParts) -> ModelConfig:
     try:
         config = ModelConfig.from_hf(fields)
     except ConfigError as error:
-        key = _CONFIG_KEYS.get(str(error).partition(" ")[0])
+        key = CONFIG_KEYS.get(str(error).partition(" ")[0])
         where = "" if key is None else f"metadata key {metadata.name(key)}: "
         raise ConfigError(f"{file.path}: {where}{error}") from error
     metadata.check_head_dim(config)

@@ -14,6 +14,18 @@ from typing import Any
 Fields = dict[str, Any]
 Get = Callable[[str], Any]
 
+# Where the fields of a configuration stand in the metadata, below the architecture's name: for messages.
+CONFIG_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+}
 GLOBAL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.embed_positions": "position_embd",
