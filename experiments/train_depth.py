@@ -1,6 +1,6 @@
 """Trains token-adaptive depth (D-LLM): routers that let tokens skip layers, and low-rank updates of q, k and v.
 
-    python -m experiments.train_depth --model=smollm2-135m --text_file=text.jsonl --output=ROUTED
+    python -m experiments.train_depth --model=DENSE --text_file=text.jsonl --output=ROUTED
     python -m experiments.train_depth --model=DIR --prompts_file=prompts.jsonl --router_bits=none --output=ROUTED
 
 The base stays frozen. The work folder (default: beside the output) holds Orbax checkpoints of adapter and optimizer,

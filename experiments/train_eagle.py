@@ -125,7 +125,7 @@ class _Run:
         self._ranking = _ranking(values, self._examples, model, files)
         self._ids = np.arange(model.config.vocab_size)
         if self._ranking is not None:
-            self._ids = self._ranking.first(None, model.config.eos_token_ids)
+            self._ids = self._ranking.first(None, model.stop_ids)
         self._head, self._loss, needs = _new_head(values, target, self._ids)
         fingerprint = {
             "model": values.model,

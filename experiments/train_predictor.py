@@ -105,7 +105,7 @@ def _collect(values: flags.FlagValues, model, drafter, encoded, work: Path) -> N
     longest = -(-max(map(len, encoded)) // engine.MAX_CHUNK) * engine.MAX_CHUNK
     room = drafter.max_depth + 1 + passes.padded_nodes(drafter.scratch)
     shape = size, engine.bucket(longest + values.max_new_tokens + room), values.max_new_tokens
-    stop_ids = () if values.ignore_eos else model.config.eos_token_ids
+    stop_ids = () if values.ignore_eos else model.stop_ids
     collector = nodes.Collector(model.module, drafter, values.layer, stop_ids, shape)
     for begin in tqdm(range(0, len(encoded), size), unit="batch", desc="nodes", disable=None):
         path = _file(work, begin // size)

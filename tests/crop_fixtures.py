@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from tests import derived, paths
+from tests import derived, packed, paths
 
 BASE = "tiny-fp16"
 # Coprime to the tiles of every packing, so that all places in a tile occur.
@@ -40,6 +40,7 @@ ROUNDS = {
 }
 _LOGITS_READ = ("tiny-ct-w4a16", "tiny-ct-w8a8-sq", "rotation-tiny")
 _LOGITS = ("logits", "logits_unrotated")
+_SMALL = 20_000
 _UNREAD = ("Q", "features_unrotated")
 _BIG = (".safetensors", ".bin", ".pt")
 
@@ -184,6 +185,7 @@ def main(fixtures: Path) -> None:
         golden = f"{name}.safetensors"
         crop_golden(fixtures / "goldens" / golden, goldens / golden)
     copy_files(fixtures / "goldens", goldens, "medusa-tiny.json")
+    packed.main([p for p in paths.COPIED.rglob("*.safetensors") if p.stat().st_size > _SMALL])
     for head, settings in ROUNDS.items():
         golden = f"{head}.safetensors"
         crop_rounds(fixtures / "goldens" / golden, goldens / golden, settings)

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from specjax.files import source, torch_writer
+from tests import packed
 
 FILE, OWN = "derived.json", "own.safetensors"
 _HEAD_DIM = 64
@@ -39,35 +40,49 @@ def digest(array: np.ndarray) -> str:
 def whole(folder: Path, cache: Path) -> Path:
     """The checkpoint that `folder` describes, in a folder below `cache`, made on first use; a whole one as it is.
 
+    Files that are packed are unpacked first.
+
     Args:
         folder: holds `derived.json`, what is its own (`own.safetensors`, or the file that `derived.json` names), and
             small files; the fixtures that it derives from lie beside it.
     """
-    if not (folder / FILE).is_file():
+    files = sorted(folder.iterdir())
+    if not any(path.name == FILE or path.name.endswith(packed.SUFFIX) for path in files):
         return folder
-    recipe = json.loads((folder / FILE).read_text())
-    bases = [whole(folder.parent / name, cache) for name in recipe["bases"]]
-    stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir()))).hexdigest()
+    stamp = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     target = cache / stamp[:16] / folder.name
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=target.parent))
-    for path in folder.iterdir():
-        if path.name not in (FILE, OWN):
+    for path in files:
+        if path.name.endswith(packed.SUFFIX):
+            name = path.name.removesuffix(packed.SUFFIX)
+            (made / name).write_bytes(packed.unpack(path.read_bytes()))
+        else:
             shutil.copy(path, made / path.name)
-    for name in recipe["files"]:
-        shutil.copy(bases[0] / name, made / name)
-    tensors = _checked(_tensors(folder, bases, recipe), recipe["digests"], folder)
-    if recipe["weights"].endswith(".safetensors"):
-        safetensors.numpy.save_file(tensors, made / recipe["weights"], {"format": "pt"})
-    else:
-        torch_writer.save(tensors, made / recipe["weights"])
+    if (folder / FILE).is_file():
+        _complete(made, folder.parent, cache)
     try:
         os.rename(made, target)
     except OSError:  # another test process was faster
         shutil.rmtree(made)
     return target
+
+
+def _complete(made: Path, fixtures: Path, cache: Path) -> None:
+    """Adds what the folder `made` has of other fixtures."""
+    recipe = json.loads((made / FILE).read_text())
+    bases = [whole(fixtures / name, cache) for name in recipe["bases"]]
+    for name in recipe["files"]:
+        shutil.copy(bases[0] / name, made / name)
+    tensors = _checked(_tensors(made, bases, recipe), recipe["digests"], made)
+    for name in (FILE, OWN):
+        (made / name).unlink(missing_ok=True)
+    if recipe["weights"].endswith(".safetensors"):
+        safetensors.numpy.save_file(tensors, made / recipe["weights"], {"format": "pt"})
+    else:
+        torch_writer.save(tensors, made / recipe["weights"])
 
 
 def _tensors(folder: Path, bases: list[Path], recipe: Mapping) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from absl import flags
 from experiments.shared import flags_drafter
 from specjax import verify
 from specjax.checkpoints import export, formats, gguf, hf
-from specjax.config.model import ARCHITECTURES
+from specjax.config import ARCHITECTURES
 from specjax.depth import selection
 from specjax.drafters import registry
 from specjax.errors import ConfigError
@@ -58,12 +58,12 @@ def axes() -> str:
 
 
 def architectures() -> str:
-    """Classes of config.json, by family."""
-    families: dict[str, list[str]] = {}
-    for name, family in ARCHITECTURES.items():
-        families.setdefault(family, []).append(f"`{name}`")
-    rows = [(family, ", ".join(names)) for family, names in families.items()]
-    return _table(("family", "`architectures` of config.json"), rows)
+    """Classes of config.json, and what each declaration notes."""
+    rows = [
+        (", ".join(f"`{name}`" for name in (found.name, *found.also)), found.note or "-")
+        for found in ARCHITECTURES.values()
+    ]
+    return _table(("`architectures` (or `model_type`) of config.json", "note"), rows)
 
 
 def checkpoint_formats() -> str:

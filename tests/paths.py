@@ -10,20 +10,34 @@ SHARED = REPOSITORY.parent / "shared"
 
 DATA = SHARED / "data"
 
+_CACHE = REPOSITORY / ".cache" / "fixtures"
 _ROOTS = (COPIED, SHARED / "fixtures", SHARED)
 
 
 def find(relative: str | Path) -> Path | None:
     """The first place that holds `relative` ("checkpoints/tiny-fp16"), or None.
 
-    An absolute path under one of the roots (`FIXTURES / ...`) is looked for under the other roots too.
+    What is kept packed, or as its difference to another fixture, is made whole (see `derived`). An absolute path under
+    one of the roots is looked for under the other roots too.
     """
     relative = Path(relative)
     for root in _ROOTS:
         if relative.is_relative_to(root):
             relative = relative.relative_to(root)
             break
-    return next((root / relative for root in _ROOTS if (root / relative).exists()), None)
+    found = (_whole(root / relative) for root in _ROOTS)
+    return next((path for path in found if path.exists()), None)
+
+
+def _whole(path: Path) -> Path:
+    """A folder, or a file of one, made whole."""
+    from tests import derived
+
+    if path.is_dir():
+        return derived.whole(path, _CACHE)
+    if path.is_file() or not path.parent.is_dir():
+        return path
+    return derived.whole(path.parent, _CACHE) / path.name
 
 
 def require(relative: str | Path) -> Path:
@@ -35,10 +49,8 @@ def require(relative: str | Path) -> Path:
 
 
 def fixture(name: str) -> Path:
-    """The folder of a fixture checkpoint, e.g. "tiny-fp16"; made whole where it is kept as a difference."""
-    from tests import derived
-
-    return derived.whole(require(Path("checkpoints", name)), REPOSITORY / ".cache" / "fixtures")
+    """The folder of a fixture checkpoint, e.g. "tiny-fp16"."""
+    return require(Path("checkpoints", name))
 
 
 def golden(name: str) -> Path:

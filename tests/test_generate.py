@@ -1,6 +1,8 @@
 """`LanguageModel.generate` and `.stream`: forms of prompts, stop strings, streams, results, refusals."""
 
 import functools
+import json
+import shutil
 import string
 from dataclasses import replace
 
@@ -8,8 +10,9 @@ import pytest
 
 import specjax
 from specjax import CapacityError, ConfigError, LanguageModel
-from tests import paths, tiny
+from tests import markov, paths, tiny
 
+SPM = paths.COPIED / "tokenizers" / "spm-tiny"
 PROMPT = "The market rose in the last week"
 OTHER = "He said that the company would"
 NEW_TOKENS = 24
@@ -176,6 +179,23 @@ def test_streams_never_show_half_a_character_or_the_start_of_a_stop_string():
     assert sent == plain().text[: plain().text.index(stop)]
 
 
+def test_a_completion_begins_where_the_prompt_ends(tmp_path):
+    """Decoders of SentencePiece strip a blank from the start of a text, but not from within it."""
+    tokens = json.loads((SPM / "expected.json").read_text(encoding="utf-8"))["tokens"]
+    said = [14, *(tokens.index(token) for token in ("\u2581\u2581\u2581\u2581", "re", "st")), 2]
+    folder = markov.write(tmp_path / "m", 700, markov.chain(*said), eos_token_id=2)
+    shutil.copy(SPM / "tokenizer.model", folder)
+    indented = specjax.load(folder)
+    row = {"text": "in the\n"}
+    for stop in (None, "<|im_end|>", ["x", "x"]):
+        events = list(indented.stream(row, max_new_tokens=8, stop=stop))
+        assert "".join(event.text for event in events) == "    rest"
+    [result] = indented.generate(row, max_new_tokens=8, trace=True)
+    assert events[-1].result.text == result.text == "    rest"
+    assert events[-1].result.output_ids == result.output_ids == said[1:]
+    assert [step.token_text for step in result.metrics.trace][-3:] == ["re", "st", "</s>"]
+
+
 def test_max_length_bounds_prompt_and_new_tokens():
     size = len(plain().input_ids)
     result = generate({"text": PROMPT}, max_length=size + 5)[0]
@@ -204,6 +224,33 @@ def test_sampling_options_reach_the_engine():
     assert sampled(top_k=1) == plain().output_ids
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-38, 1e-45])
+def test_the_limit_of_small_temperatures_is_greedy_decoding(temperature):
+    assert generate({"text": PROMPT}, temperature=temperature)[0].output_ids == plain().output_ids
+
+
+def test_any_seed_and_any_top_k():
+    def sampled(**settings):
+        options = {"temperature": 1.5, "top_k": 999, "max_new_tokens": 8}
+        return tuple(generate({"text": PROMPT}, **options | settings)[0].output_ids)
+
+    seeds = [0, -1, 2**32, 2**32 - 1, 2**63, 2**64 - 1, 10**40]
+    assert len({sampled(seed=seed) for seed in seeds}) == len(seeds)
+    assert sampled(top_k=99_999_999_999) == sampled(top_k=1024)
+
+
+def test_new_tokens_end_with_the_context():
+    ids = plain().input_ids
+    [result] = generate([*ids, *[5] * (2046 - len(ids))], max_new_tokens=10**30)
+    assert (len(result.output_ids), result.finish_reason) == (2, "length")
+
+
+def test_request_numbers_are_all_different():
+    for wrong in ([1, 1], [1], [0, -1], [0, 2**32]):
+        with pytest.raises(ConfigError, match="2 different numbers below"):
+            list(model().generate_iter([[1], [2]], request_ids=wrong))
+
+
 def test_random_streams_follow_the_requests_numbers():
     """A resumed run, which lacks the first rows, continues with the same texts."""
     prompts = [{"text": OTHER}, {"text": PROMPT}]
@@ -217,6 +264,26 @@ def test_random_streams_follow_the_requests_numbers():
 REFUSED = [
     ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
     ({"batch_size": 0}, ConfigError, "batch_size=0"),
+    ({"max_new_tokens": 1.5}, ConfigError, "max_new_tokens=1.5"),
+    ({"max_new_tokens": True}, ConfigError, "max_new_tokens=True"),
+    ({"max_length": 0}, ConfigError, "max_length=0"),
+    ({"batch_size": "2"}, ConfigError, "batch_size='2'"),
+    ({"seed": 1.0}, ConfigError, "seed=1.0"),
+    ({"seed": None}, ConfigError, "seed=None"),
+    ({"ignore_eos": "no"}, ConfigError, "ignore_eos='no'"),
+    ({"temperature": float("nan")}, ConfigError, "temperature=nan"),
+    ({"temperature": None}, ConfigError, "temperature=None"),
+    ({"top_p": float("nan")}, ConfigError, "top_p=nan"),
+    ({"top_k": 2.5}, ConfigError, "top_k=2.5"),
+    ({"stop": 5}, ConfigError, "stop=5"),
+    ({"stop_token_ids": [1024]}, ConfigError, "1024 is no token id"),
+    ({"prompts": {"text": 5}}, ConfigError, "text: expected a string, found int"),
+    ({"prompts": {"prompt": ["a"]}}, ConfigError, "prompt: expected a string, found list"),
+    ({"prompts": {"text": "a\udcff"}}, ConfigError, "half a surrogate pair"),
+    ({"prompts": {"input_ids": "12"}}, ConfigError, "input_ids: expected .* found str"),
+    ({"prompts": {"input_ids": [1, 2.5]}}, ConfigError, r"input_ids\[1\]=2.5"),
+    ({"prompts": [{"input_ids": 3}]}, ConfigError, "input_ids: expected .* found int"),
+    ({"prompts": {"messages": [{"role": "user"}]}}, ConfigError, "content is missing"),
     ({"temperature": -1.0}, ConfigError, "temperature=-1"),
     ({"top_p": 0.0}, ConfigError, "top_p=0"),
     ({"acceptance": "typo"}, ConfigError, "acceptance='typo'"),
@@ -234,6 +301,15 @@ REFUSED = [
     ({"drafter": {"kind": "ngram", "depth": 3}}, ConfigError, "no option 'depth'"),
     ({"drafter": {"draft_depth": 3}}, ConfigError, "'kind'"),
     ({"drafter": {"kind": "ngram", "draft_depth": 0}}, ConfigError, "draft_depth=0"),
+    ({"drafter": {"kind": "ngram", "draft_depth": 10**9}}, ConfigError, "at most so many"),
+    ({"drafter": {"kind": "ngram", "ngram_max": 2.5}}, ConfigError, "ngram_max=2.5"),
+    ({"drafter": {"kind": "self", "draft_depth": "3"}}, ConfigError, "draft_depth='3'"),
+    ({"drafter": {"kind": "eagle", "model": "x", "topk": 1025}}, ConfigError, "topk=1025 exceeds"),
+    (
+        {"drafter": {"kind": "eagle", "model": "x", "num_nodes": None}},
+        ConfigError,
+        "num_nodes=None",
+    ),
     ({"drafter": {"kind": "lm"}}, ConfigError, "needs the option 'model'"),
     ({"drafter": "eagle"}, ConfigError, "no head ships"),
     ({"drafter": {"kind": "self", "scheme": "w4a8"}}, ConfigError, "needs quantized weights"),

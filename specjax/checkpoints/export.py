@@ -32,8 +32,8 @@ from specjax.config.architectures import FUSED, Layout
 from specjax.depth import checkpoint as routers
 from specjax.errors import CheckpointError
 from specjax.files import manifest, orbax_store, writer
-from specjax.models.layers import LayerNorm, Norm
 from specjax.models.llama import Llama
+from specjax.models.norms import LayerNorm, Norm
 from specjax.quant import rotation as rotations
 from specjax.quant import view
 from specjax.quant.dense_linear import Linear

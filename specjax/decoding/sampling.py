@@ -67,11 +67,12 @@ def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sa
     if not 0 < top_p <= 1:
         raise ConfigError(f"{top_p=}: must be in (0, 1]; 1 is off")
     greedy = temperature == 0
+    put = jax.device_put  # of a Python number JAX would compile a conversion
     return Sampling(
-        temperature=jnp.float32(1.0 if greedy else min(max(temperature, _COLDEST), _HOTTEST)),
-        top_k=jnp.int32(min(top_k or _LARGEST_INT, _LARGEST_INT)),
+        temperature=put(np.float32(1.0 if greedy else min(max(temperature, _COLDEST), _HOTTEST))),
+        top_k=put(np.int32(min(top_k or _LARGEST_INT, _LARGEST_INT))),
         # The most likely token reaches the smallest mass that float32 has, as it does any smaller one.
-        top_p=jnp.float32(max(top_p, _COLDEST)),
+        top_p=put(np.float32(max(top_p, _COLDEST))),
         greedy=greedy,
         filtered=not greedy and (top_k > 0 or top_p < 1),
     )
@@ -160,7 +161,7 @@ def log_top_k(
 def request_keys(seed: int, request_ids) -> UInt32[Array, "B 2"]:
     """Base key of each request; it depends on seed and request id only, never on slot or order."""
     ids = jnp.asarray(request_ids, jnp.uint32)
-    base = jax.random.wrap_key_data(jnp.asarray(_words(seed)))
+    base = jax.random.wrap_key_data(jax.device_put(_words(seed)))
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(ids)
     return jax.random.key_data(keys)
 

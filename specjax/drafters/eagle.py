@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.checkpoints import heads
 from specjax.decoding import sampling as sample
 from specjax.decoding import tree as trees
-from specjax.drafters import base, draft_vocabulary
+from specjax.drafters import base, draft_vocabulary, options
 from specjax.errors import ConfigError
 from specjax.files import hub
 from specjax.models import cache as kv
@@ -230,6 +230,10 @@ def build(
     scheme: str | None = None,
 ) -> Eagle:
     """Loads the head `model` (None: the one that ships with the target), its vocabulary and scheme as asked for."""
+    options.lengths(target, draft_depth=draft_depth)
+    sample.whole("num_nodes", num_nodes)
+    if sample.whole("topk", topk) > target.config.vocab_size:
+        raise ConfigError(f"{topk=} exceeds the vocabulary of {target.config.vocab_size} tokens")
     path = model or target.default_head
     if path is None:
         raise ConfigError(

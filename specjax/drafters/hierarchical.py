@@ -295,7 +295,7 @@ def build(
     quantize: str | None = None,
 ) -> Hierarchical:
     """Loads the draft model and builds the inner drafter, a spec, for it."""
-    options.positive(min_draft_depth=min_draft_depth)
+    options.lengths(target, min_draft_depth=min_draft_depth)
     draft = draft_model.load(
         target, model, scheme, quantize, keep_codes=registry.needs_codes(inner)
     )

@@ -101,6 +101,6 @@ def build(
     quantize: str | None = None,
 ) -> LM:
     """Loads the draft model `model`, under `scheme`, or rounded to `quantize`."""
-    options.positive(draft_depth=draft_depth)
+    options.lengths(target, draft_depth=draft_depth)
     draft = draft_model.load(target, model, scheme, quantize)
     return LM(model=draft.module, draft_depth=draft_depth).fitted(target.config.vocab_size)

@@ -103,7 +103,7 @@ class Ngram:
 
 def build(target, draft_depth: int = 7, ngram_max: int = 4, ngram_min: int = 2) -> Ngram:
     """Checked options to a drafter."""
-    options.positive(draft_depth=draft_depth, ngram_min=ngram_min)
+    options.lengths(target, draft_depth=draft_depth, ngram_min=ngram_min, ngram_max=ngram_max)
     if ngram_max < ngram_min:
         raise ConfigError(f"{ngram_max=} is below {ngram_min=}")
     return Ngram(draft_depth=draft_depth, ngram_max=ngram_max, ngram_min=ngram_min)

@@ -64,7 +64,7 @@ class SelfDraft:
 
 def build(target, scheme: str | None = None, draft_depth: int = 3) -> SelfDraft:
     """Refuses a `scheme` that the target has no codes for before anything is compiled."""
-    options.positive(draft_depth=draft_depth)
+    options.lengths(target, draft_depth=draft_depth)
     if scheme is not None:
         target.module.with_scheme(scheme)
     return SelfDraft(draft_depth=draft_depth, scheme=scheme)

@@ -148,7 +148,7 @@ class Engine:
     ):
         self.target, self.drafter, self.acceptor = target, drafter, acceptor
         self.sampling, self.seed = sampling, seed
-        self.stop_ids = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
+        self.stop_ids = jax.device_put(np.asarray(list(stop_ids) or [-1], np.int32))
         self.programs, self.trace = programs or Programs(), trace
 
     def plan(self, requests: Sequence[Request]) -> tuple[int, int]:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.config import LayerKind, ModelConfig, RopeConfig
+from specjax.config import LayerKind, ModelConfig
 from specjax.config.model import Activation
 from specjax.models import cache as kv
+from specjax.models.norms import Norm, RMSNorm
+from specjax.models.rotary import apply_rope, rope_tables
 from specjax.pallas import dispatch
 from specjax.pallas.glue import api as glue
 from specjax.pallas.glue import parts
@@ -70,106 +72,6 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight[...], tokens, axis=0)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm with float32 statistics, times gain = weight + offset.
-
-    With `centered` the mean is removed first: what QServe's kernels compute in place of RMSNorm; only for checking
-    against them.
-    """
-
-    def __init__(
-        self, weight: Float[Array, "D"], eps: float, centered: bool = False, offset: float = 0.0
-    ):
-        self.weight = nnx.Param(weight)
-        self.eps = eps
-        self.centered = centered
-        self.offset = offset
-
-    @property
-    def gain(self) -> Float[Array, "D"]:
-        """What normed rows are multiplied by; float32."""
-        gain = self.weight[...].astype(jnp.float32)
-        return gain + self.offset if self.offset else gain
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is RMSNorm as kernels know it."""
-        return not (self.centered or self.offset)
-
-    def with_gain(self, gain: Float[Array, "D"]) -> "RMSNorm":
-        """The same norm with another gain."""
-        return RMSNorm(gain - self.offset, self.eps, self.centered, self.offset)
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        if self.centered:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.gain).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Norm over mean and variance in float32, with gain and bias."""
-
-    is_plain = False
-
-    def __init__(self, weight: Float[Array, "D"], bias: Float[Array, "D"], eps: float):
-        self.weight, self.bias = nnx.Param(weight), nnx.Param(bias)
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y = y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
-
-
-Norm = RMSNorm | LayerNorm
-
-
-def rope_tables(
-    rope: RopeConfig,
-    head_dim: int,
-    positions: Int[Array, "B T"],
-    length: Int[Array, "B"] | None = None,
-) -> tuple[Float[Array, "B T 1 C"], Float[Array, "B T 1 C"]]:
-    """Cosines and sines in float32 (bfloat16 would round positions above 256) of the channels that turn.
-
-    Args:
-        length: see `Block.length`.
-    """
-    if rope.depends_on_length:
-        known = positions + 1 if length is None else jnp.maximum(positions + 1, length[:, None])
-        frequencies = _frequencies_at(rope, head_dim, known)
-    else:
-        frequencies = jnp.asarray(rope.inv_freq(head_dim))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.repeat(angles, 2, -1) if rope.interleaved else jnp.concatenate([angles] * 2, -1)
-    angles = angles[:, :, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if rope.attention_factor != 1:
-        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-    return cos, sin
-
-
-def _frequencies_at(
-    rope: RopeConfig, head_dim: int, length: Int[Array, "B T"]
-) -> Float[Array, "B T F"]:
-    """Angles per position in a text of `length` tokens."""
-    original = rope.original_max_position_embeddings
-    if rope.kind == "longrope":
-        short, long = (jnp.asarray(rope.inv_freq(head_dim, long)) for long in (False, True))
-        return jnp.where((length > original)[..., None], long, short)
-    # NTK scaling: the base grows with the length, so that the slowest frequency turns as far as before.
-    plain = jnp.asarray(rope.inv_freq(head_dim))
-    dim = int(head_dim * rope.rotary_fraction)
-    ratio = jnp.maximum(length, original).astype(jnp.float32) / original
-    stretch = rope.factor * ratio - (rope.factor - 1)
-    exponents = jnp.arange(len(plain), dtype=jnp.float32) * (2 / max(dim - 2, 1))
-    return plain * stretch[..., None] ** -exponents
-
-
 def position_tables(config: ModelConfig, block: Block):
     """Cosines and sines of each rotary embedding of the model at a block's positions; see `LayerKind.rotary`."""
     return tuple(
@@ -181,27 +83,6 @@ def tables_of(layer: "DecoderLayer", tables):
     """Those of `position_tables` that a layer uses; None where it has no rotary embedding."""
     rotary = layer.self_attn.kind.rotary
     return None if rotary is None else tables[rotary]
-
-
-def apply_rope(x: Float[Array, "B T H C"], cos, sin, interleaved: bool = False):
-    """Rotates the pairs (i, i + R/2) of the first R channels, those that the tables have; the others stay.
-
-    R = C is the convention of Hugging Face Llama checkpoints. With `interleaved` the pairs are (2i, 2i + 1).
-    """
-    width, whole = cos.shape[-1], x
-    if width < x.shape[-1]:
-        x = x[..., :width]
-    turned = x.astype(jnp.float32)
-    if interleaved:
-        pairs = turned.reshape(*turned.shape[:-1], -1, 2)
-        rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(turned.shape)
-    else:
-        first, second = jnp.split(turned, 2, axis=-1)
-        rotated = jnp.concatenate([-second, first], axis=-1)
-    turned = (turned * cos + rotated * sin).astype(x.dtype)
-    if width == whole.shape[-1]:
-        return turned
-    return jnp.concatenate([turned, whole[..., width:]], axis=-1)
 
 
 class Attention(nnx.Module):

@@ -19,6 +19,7 @@ from specjax.errors import ConfigError
 from specjax.models import cache as kv
 from specjax.models import layers as nn
 from specjax.models.layers import Block
+from specjax.models.norms import LayerNorm, Norm
 from specjax.pallas import matmul_dense
 from specjax.pallas.glue import api as glue
 from specjax.pallas.glue import parts
@@ -50,7 +51,7 @@ class LlamaModel(nnx.Module):
         self,
         embed_tokens: nn.Embedding,
         layers: list,
-        norm: nn.Norm,
+        norm: Norm,
         embed_positions: nn.Embedding | None = None,
     ):
         self.embed_tokens = embed_tokens
@@ -228,7 +229,7 @@ def build_layer(checkpoint, index: int, dtype) -> nn.DecoderLayer:
     config, prefix = checkpoint.config, f"model.layers.{index}"
     before, after = config.norm_placement != "after", config.norm_placement != "before"
 
-    def norm(name: str, present: bool) -> nn.Norm | None:
+    def norm(name: str, present: bool) -> Norm | None:
         return build_norm(checkpoint, f"{prefix}.{name}", dtype) if present else None
 
     return nn.DecoderLayer(
@@ -289,14 +290,14 @@ def build_mlp(checkpoint, prefix: str, dtype) -> nn.MLP:
     )
 
 
-def build_norm(checkpoint, name: str, dtype, size: int | None = None) -> nn.Norm:
+def build_norm(checkpoint, name: str, dtype, size: int | None = None) -> Norm:
     """A norm from `<name>.weight` (and `<name>.bias`), in the compute dtype; `size` None is the model's width."""
     config = checkpoint.config
     shape = (config.hidden_size if size is None else size,)
     weight = jnp.asarray(checkpoint.tensor(f"{name}.weight", shape), dtype)
     if config.norm_kind == "layer":
         bias = jnp.asarray(checkpoint.tensor(f"{name}.bias", shape), dtype)
-        return nn.LayerNorm(weight, bias, config.rms_norm_eps)
+        return LayerNorm(weight, bias, config.rms_norm_eps)
     return nn.RMSNorm(weight, config.rms_norm_eps, offset=config.norm_offset)
 
 

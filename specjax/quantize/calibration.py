@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from specjax.errors import ConfigError
+from specjax.text import chat
 
 _ROW_FIELDS = "text, messages, turns, or prompt (with response)"
 
@@ -93,7 +94,7 @@ def _rows(text: str, path: Path, file: str) -> list[tuple[str, Any]]:
     for name, line in lines:
         try:
             rows.append((name, json.loads(line)))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: {name} is not JSON: {error}") from None
     if path.suffix == ".jsonl":
         return rows
@@ -104,14 +105,22 @@ def _rows(text: str, path: Path, file: str) -> list[tuple[str, Any]]:
 
 def _encode(row: Any, tokenizer: Tokenizer, name: str) -> tuple[list[int], int | None]:
     fields = row if isinstance(row, dict) else {}
-    if isinstance(fields.get("text"), str):
-        return tokenizer.encode(fields["text"]), None
-    messages = _messages(fields)
-    if not messages:
-        raise ConfigError(f"{name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}")
+    try:
+        if isinstance(fields.get("text"), str):
+            return tokenizer.encode(fields["text"]), None
+        if messages := _messages(fields):
+            return _conversation(messages, tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    raise ConfigError(f"{name} has none of the fields {_ROW_FIELDS}; found {sorted(fields)}")
+
+
+def _conversation(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer
+) -> tuple[list[int], int | None]:
     # The template ends where the assistant begins to speak: its last words follow as they are.
-    answered = messages[-1].get("role") == "assistant"
-    said = messages.pop()["content"] if answered else ""
+    answered = messages[-1]["role"] == "assistant"
+    said = (messages.pop().get("content") or "") if answered else ""
     asked = tokenizer.apply_chat_template(messages)
     return asked + tokenizer.encode(said, False), len(asked) if answered else None
 
@@ -120,9 +129,9 @@ def _messages(fields: dict[str, Any]) -> list[dict[str, str]]:
     """A row's conversation; empty if it has none."""
     messages, turns, prompt = (fields.get(name) for name in ("messages", "turns", "prompt"))
     if isinstance(messages, list):
-        return [dict(message) for message in messages]
+        return chat.messages(messages) if messages else []
     if isinstance(turns, list) and turns:
-        return [{"role": "user", "content": turns[0]}]
+        return chat.messages([{"role": "user", "content": turns[0]}])
     if not isinstance(prompt, str):
         return []
     said = fields.get("response")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from specjax.errors import ConfigError
 from specjax.models import layers as nn
 from specjax.models.llama import Llama
+from specjax.models.norms import LayerNorm
 from specjax.quant import view
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
@@ -171,7 +172,7 @@ def _norm_arrays(layer: nn.DecoderLayer) -> dict[str, Any]:
     found = {}
     for name, norm in layer.norms().items():
         found[name] = norm.weight[...]
-        if isinstance(norm, nn.LayerNorm):
+        if isinstance(norm, LayerNorm):
             found[f"{name}.bias"] = norm.bias[...]
     return found
 
@@ -181,8 +182,8 @@ def _with_norm_arrays(layer: nn.DecoderLayer, arrays: dict[str, Any]) -> nn.Deco
     norms = {}
     for name, norm in layer.norms().items():
         weight = jnp.asarray(arrays[name])
-        if isinstance(norm, nn.LayerNorm):
-            norms[name] = nn.LayerNorm(weight, jnp.asarray(arrays[f"{name}.bias"]), norm.eps)
+        if isinstance(norm, LayerNorm):
+            norms[name] = LayerNorm(weight, jnp.asarray(arrays[f"{name}.bias"]), norm.eps)
         else:
             norms[name] = nn.RMSNorm(weight, norm.eps, norm.centered, norm.offset)
     return layer.having(**norms)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from specjax.config import ModelConfig
 from specjax.errors import ConfigError
 from specjax.models import layers as nn
+from specjax.models.norms import LayerNorm, Norm
 from specjax.quant import activations
 from specjax.quant.dense_linear import Linear
 from specjax.quant.rotation import RotatedInput
@@ -139,10 +140,10 @@ def check_architecture(config: ModelConfig, outputs: bool) -> None:
         )
 
 
-def _divided(norm: nn.Norm, s: Float[Array, "K"]) -> nn.Norm:
+def _divided(norm: Norm, s: Float[Array, "K"]) -> Norm:
     """The norm with its outputs divided by s."""
-    if isinstance(norm, nn.LayerNorm):
-        return nn.LayerNorm(norm.weight[...] / s, norm.bias[...] / s, norm.eps)
+    if isinstance(norm, LayerNorm):
+        return LayerNorm(norm.weight[...] / s, norm.bias[...] / s, norm.eps)
     return norm.with_gain(norm.gain / s)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.errors import CheckpointError
-from specjax.text import vocabulary
+from specjax.text import sentencepiece
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def read(path: Path, source: Path):
     try:
         tokenizer = reader.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the readers raise whatever their parsers do
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{source}: the tokenizer cannot be read: {reason}") from error
     settings = _settings(path)
     _set_prefix_space(tokenizer.backend_tokenizer, settings)
@@ -53,11 +53,11 @@ def convert_sentencepiece(path: Path, target: Path) -> None:
     """Writes the tokenizer.json that a directory's tokenizer.model amounts to, and its settings.
 
     Raises:
-        ConfigError, CheckpointError: see `vocabulary.from_sentencepiece`; a file beside it is malformed.
+        ConfigError, CheckpointError: see `sentencepiece.read`; a file beside it is malformed.
     """
     settings = _settings(path)
     added = added_tokens(path, settings)
-    backend, specials = vocabulary.from_sentencepiece(
+    backend, specials = sentencepiece.read(
         path / "tokenizer.model",
         add_bos=bool(settings.get("add_bos_token", True)),
         add_eos=bool(settings.get("add_eos_token", False)),
@@ -79,7 +79,7 @@ def convert_sentencepiece(path: Path, target: Path) -> None:
 
 
 def _spaces(settings: Mapping[str, Any]) -> str | None:
-    """How the tokenizer's class treats the beginning of a text; see `vocabulary.from_sentencepiece`."""
+    """How the tokenizer's class treats the beginning of a text; see `sentencepiece.read`."""
     name = str(settings.get("tokenizer_class")).removesuffix("Fast")
     if name == "GemmaTokenizer":
         return "never"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ def from_directory(path: Path, chat_template: str | None = None) -> "Tokenizer":
     found = Tokenizer(tokenizer, str(path), chat_template)
     # Files of models that do not chat, or chat otherwise, may have such tokens for other purposes.
     template = found.chat_template or ""
-    added = {token: i for token, i in tokenizer.get_added_vocab().items() if token in template}
-    found.end_ids += tuple(i for i in special_ids.ends(added) if i not in found.end_ids)
+    added = tokenizer.get_added_vocab()
+    found.add_ends(added, [token for token in added if token in template])
     return found
 
 
@@ -88,8 +88,8 @@ def from_gguf(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=own, **specials)
     found = Tokenizer(tokenizer, source, chat_template)
     # As llama.cpp does, whatever the template: files often name the end of documents only.
-    added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
-    found.end_ids += tuple(i for i in special_ids.ends(added) if i not in found.end_ids)
+    added = tokenizer.get_added_vocab()
+    found.add_ends(added, added)
     return found
 
 
@@ -128,6 +128,12 @@ class Tokenizer:
             self._templates = tuple(own)
             own = own.get("default") if len(own) > 1 else next(iter(own.values()), None)
         self.chat_template: str | None = own if chat_template is None else chat_template
+
+    def add_ends(self, added: Mapping[str, int], used: Collection[str]) -> None:
+        """Counts ends of turns among the added tokens, by name, as ends of a generation: those that are used."""
+        known = dict.fromkeys(self.end_ids)
+        by_name = {added[token] for token in used}
+        self.end_ids = tuple(known | {i: None for i in special_ids.ends(added) if i in by_name})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it become their ids.

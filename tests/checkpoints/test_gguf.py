@@ -361,7 +361,7 @@ def test_linear_rope_scaling(tmp_path):
         ({"llama.rope.dimension_count": 8}, r"llama\.rope\.dimension_count = 8"),
         ({"llama.attention.value_length": 8}, r"llama\.attention\.value_length = 8"),
         ({"llama.expert_count": 8}, r"llama\.expert_count = 8"),
-        ({"llama.attention.sliding_window": 512}, r"llama\.attention\.sliding_window = 512"),
+        ({"llama.rope.scaling.type": "xpos"}, r"rope\.scaling\.type = 'xpos'"),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.attention.head_count_kv": 3}, r"num_key_value_heads = 3"),
         ({"llama.attention.head_count_kv": [2, 2]}, r"num_key_value_heads = \[2, 2\]"),

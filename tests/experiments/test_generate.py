@@ -133,6 +133,8 @@ def test_other_prompts_under_the_same_ids_are_refused(run, tiny, prompts, write_
         ({"input_ids": [1] * 2048}, "2048 tokens"),
         ({"prompt": "hi"}, "chat template"),
         ({"turns": []}, "one of input_ids"),
+        ({"text": "a\ud800"}, "half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type='audio'"),
     ],
 )
 def test_bad_prompts_are_named_before_anything_is_written(
@@ -161,6 +163,11 @@ def test_missing_and_contradictory_inputs(run, tiny, tmp_path):
         (["--prompt=x", "--raw", "--chat_template=no-such-file"], "no-such-file"),
         (["--prompt=", "--raw"], "empty"),
         (["--prompt=x", "--raw", "--temperature=1", "--acceptance=greedy"], "acceptance"),
+        (["--prompt=x", "--raw", "--temperature=nan"], "temperature=nan"),
+        (["--prompt=x", "--raw", "--top_p=0"], "top_p=0"),
+        (["--prompt=x", "--raw", "--stop="], "empty stop string"),
+        (["--prompt=x", "--raw", "--stop_token_ids=5000"], "5000 is no token id"),
+        (["--prompt=x", "--continue_final_message", "--add_generation_prompt"], "exclude"),
     ):
         code, _, errors = run(generate, model, *arguments)
         assert code == 2, arguments
@@ -192,6 +199,34 @@ def test_fields_take_precedence_and_templates_are_applied(run, tiny, write_rows,
     assert ids["ids"] == [7, 8]
     assert ids["messages"] == ids["prompt"]
     assert len(ids["messages"]) > len(ids["text"])
+
+
+def test_flags_say_how_conversations_and_generations_end(run, tiny, write_rows, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}bot:{% endif %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello there"}]}]}]
+    prompts = write_rows("p.jsonl", rows)
+
+    def answer(name, *flags):
+        output = tmp_path / name
+        common = [f"--model={tiny}", f"--prompts_file={prompts}", f"--chat_template={template}"]
+        code, _, errors = run(generate, *common, f"--output={output}", "--max_new_tokens=3", *flags)
+        assert code == 0, errors
+        return _read(output)[0]
+
+    usual, closed = answer("a"), answer("b", "--noadd_generation_prompt")
+    continued = answer("c", "--continue_final_message")
+    prompt = lambda row: row["input_ids"]
+    assert prompt(usual)[: len(prompt(closed))] == prompt(closed)
+    assert prompt(closed)[: len(prompt(continued))] == prompt(continued)
+    assert len(prompt(usual)) > len(prompt(closed)) > len(prompt(continued))
+    first = usual["output_ids"][0]
+    stopped = answer("d", f"--stop_token_ids={first}", "--stop_token_ids=9", "--ignore_eos")
+    assert (stopped["output_ids"], stopped["finish_reason"]) == ([first], "stop")
+    assert stopped["config"]["stop_token_ids"] == [first, 9]
 
 
 def test_a_prompt_is_streamed_with_a_summary(run, tiny, tmp_path):

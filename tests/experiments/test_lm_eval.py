@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,42 @@ def test_loglikelihoods_equal_those_of_the_score_binary(run, tiny, tiny_lm, tmp_
         rows = np.arange(start - 1, len(whole) - 1)
         assert value == pytest.approx(logs[rows, whole[start:]].sum(), abs=1e-4)
         assert is_greedy == (logs[rows].argmax(axis=-1).tolist() == whole[start:])
+
+
+@needs_harness
+def test_special_ids_come_from_the_tokenizer_too(tiny, adapter, tmp_path):
+    """A configuration without BOS and EOS, as the harness's own back end takes it."""
+    source = Path(tiny)
+    for path in source.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((source / name).read_text())
+        (tmp_path / name).unlink()
+        ids = {"bos_token_id": None, "eos_token_id": None}
+        (tmp_path / name).write_text(json.dumps(content | ids))
+    pairs = _requests("loglikelihood", [("", "the cat")])
+    lm = adapter.SpecjaxLM(tmp_path, dtype="float32")
+    assert (lm.prefix_token_id, lm.eot_token_id) == (0, 1)
+    expected = adapter.SpecjaxLM(tiny, dtype="float32").loglikelihood(pairs, disable_tqdm=True)
+    assert lm.loglikelihood(pairs, disable_tqdm=True) == expected
+    lm.model.tokenizer.bos_token_id, lm.model.tokenizer.end_ids = None, ()
+    with pytest.raises(ConfigError, match="pass prefix_token_id=ID"):
+        lm.loglikelihood(pairs, disable_tqdm=True)
+    assert adapter.SpecjaxLM(tmp_path, prefix_token_id=7).prefix_token_id == 7
+    with pytest.raises(ConfigError, match="prefix_token_id: 5000 is no token id"):
+        adapter.SpecjaxLM(tmp_path, prefix_token_id=5000)
+
+
+@needs_harness
+def test_conversations_with_parts_and_with_a_begun_answer(tiny, adapter, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>")
+    lm = adapter.SpecjaxLM(tiny, chat_template=str(template))
+    user = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    begun = {"role": "assistant", "content": "Well"}
+    assert lm.apply_chat_template([user]) == "<user>Hi</><bot>"
+    continued = lm.apply_chat_template([user, begun], add_generation_prompt=False)
+    assert continued == "<user>Hi</><assistant>Well"
 
 
 @needs_harness

@@ -66,6 +66,12 @@ def test_rows_of_every_kind(tmp_path, suffix):
         ("a.jsonl", '{"body": 1}', r"line 1 has none of the fields text, .*found \['body'\]"),
         ("a.json", '{"text": "x"}', "expected a JSON list"),
         ("a.json", '[{"text": "x"}, 3]', "row 2 has none of the fields"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user"}]}',
+            r"line 1: messages\[0\]: content is missing",
+        ),
+        ("a.jsonl", '{"turns": [5]}', r"line 1: messages\[0\]\.content: .* found int"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, text, message):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specjax.errors import CheckpointError, ConfigError
-from specjax.text import tokenizer, vocabulary
+from specjax.text import sentencepiece, tokenizer, vocabulary
 from tests import paths
 
 SPM = paths.COPIED / "tokenizers" / "spm-tiny"
@@ -369,11 +369,11 @@ def test_other_sentencepiece_models_are_refused(tmp_path, monkeypatch):
         trainer_spec=types.SimpleNamespace(model_type=1),
         normalizer_spec=types.SimpleNamespace(name="nmt_nfkc", precompiled_charsmap=b"x"),
     )
-    monkeypatch.setattr(vocabulary, "_read_sentencepiece", lambda path: proto)
+    monkeypatch.setattr(sentencepiece, "_proto", lambda path: proto)
     with pytest.raises(
         ConfigError, match=r"model_type = 1, normalization 'nmt_nfkc'.*tokenizer\.json"
     ):
-        vocabulary.from_sentencepiece(tmp_path / "tokenizer.model")
+        sentencepiece.read(tmp_path / "tokenizer.model")
 
 
 def test_digest_is_about_ids_and_tokens(spm, tiny):
