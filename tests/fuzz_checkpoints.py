@@ -159,19 +159,11 @@ def _field(rng, base: Base, kind: str) -> Mutation:
     )
 
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-_SIZES += (
-    "head_dim",
-    "draft_vocab_size",
-    "eagle_aux_hidden_state_layer_ids",
-    "feed_forward_length",
-)
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "draft_vocab_size", "eagle_aux_hidden_state_layer_ids"),
+    *("feed_forward_length", "embedding_length", "head_count", "head_count_kv"),
+}
 
 
 def _about(base: Base, key: str = "") -> tuple[str, ...]:
