@@ -140,6 +140,11 @@ def _network(checkpoint, dtype: jnp.dtype, options: LoadOptions) -> Llama:
     )
     preparation = Preparation(options.backend, options.dequantize, dtype)
     scheme, has_codes = options.scheme, False
+    if options.qserve_layernorm and checkpoint.config.norm_kind != "rms":
+        raise ConfigError(
+            f"qserve_layernorm centres RMS norms, and {checkpoint.config.architecture} has others (norm_kind = "
+            f"{checkpoint.config.norm_kind!r})"
+        )
     recipe = (
         None if options.quantize is None else recipes.at_load(options.quantize, checkpoint.config)
     )
@@ -157,7 +162,8 @@ def _network(checkpoint, dtype: jnp.dtype, options: LoadOptions) -> Llama:
         if scheme is not None and view.quantized_linears(layer):
             layer, has_codes = view.with_scheme(layer, scheme), True
         if options.qserve_layernorm:
-            layer.input_layernorm.centered = layer.post_attention_layernorm.centered = True
+            for norm in layer.norms().values():
+                norm.centered = True
         layer = preparation.layer(layer)
         bar.update()
         return layer

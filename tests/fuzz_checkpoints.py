@@ -14,12 +14,13 @@ An outcome is one of
 The last three are faults.
 """
 
-import argparse
 import collections
 import copy
 import dataclasses
+import getopt
 import json
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -450,16 +451,14 @@ def _differing(right: dict, found: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="print every case")
-    options = parser.parse_args()
+    """--count: cases; --start: seed of the first; --verbose: print every case."""
+    given = dict(getopt.getopt(sys.argv[1:], "", ["count=", "start=", "verbose"])[0])
+    start, count = int(given.get("--start", 0)), int(given.get("--count", 500))
     with tempfile.TemporaryDirectory() as folder:
         fuzz, rows = Fuzz(Path(folder)), []
-        for seed in range(options.start, options.start + options.count):
+        for seed in range(start, start + count):
             rows.append(fuzz.run(seed))
-            if options.verbose or rows[-1][2] in FAULTS:
+            if "--verbose" in given or rows[-1][2] in FAULTS:
                 print(seed, *rows[-1], sep=" | ", flush=True)
     table(rows)
     print("\nchanged nothing:")

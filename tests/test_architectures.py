@@ -133,7 +133,7 @@ def check_greedy(name: str, outputs: list[list[int]]) -> None:
         assert output[: len(clear)] == expected[: len(clear)]
 
 
-# Every architecture and every drafter, each at least once; the product is in the slow tests.
+# Some of the pairs; the product is in the slow tests.
 PAIRS = (
     *(("qwen3-tied", "self", 4), ("mistral-swa", "ngram", 4), ("phi3-longrope", "none", 1)),
     *(("gemma2", "hierarchical", 1), ("gemma3-text", "eagle", 4), ("gpt2", "lm", 4)),
@@ -151,3 +151,30 @@ def test_greedy_decoding_is_that_of_transformers(name, drafter, batch):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_drafter_over_every_architecture(name, drafter, batch):
     check_greedy(name, decoded(name, drafter, batch))
+
+
+LONG_PROMPTS = ("qwen3-tied", "mistral-swa", "gemma3-text", "gpt2")
+
+
+def check_long_prompts(name: str, drafter: str, batch: int) -> None:
+    """Prompts longer than every window, generation up to the last position of GPT-2: equal to whole passes."""
+    target = model(name)
+    ids = np.random.default_rng(7).integers(3, 256, (4, 44)).tolist()
+    texts = [row[: 44 - 5 * index] for index, row in enumerate(ids)]
+    with tiny.hurried_compiler():
+        expected = tiny.greedy(target, texts, 20)
+        runner = tiny.engine(target, DRAFTERS[drafter](target), PROGRAMS)
+        outputs = tiny.outputs(tiny.run(runner, tiny.requests(texts, 20), batch))
+    assert outputs == [full[len(text) :] for full, text in zip(expected, texts, strict=True)]
+
+
+def test_a_prompt_longer_than_the_window_and_drafts_beyond_the_last_position():
+    check_long_prompts("gpt2", "eagle", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("name", LONG_PROMPTS)
+def test_prompts_longer_than_the_window(name, drafter, batch):
+    check_long_prompts(name, drafter, batch)

@@ -6,6 +6,7 @@ channels C/2 apart, its converter reorders the rows of q_proj and k_proj (`permu
 norms. What a file does not state, llama.cpp's own constants decide.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,18 +15,6 @@ from typing import Any
 Fields = dict[str, Any]
 Get = Callable[[str], Any]
 
-# Where the fields of a configuration stand in the metadata, below the architecture's name: for messages.
-CONFIG_KEYS = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
-}
 GLOBAL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.embed_positions": "position_embd",
@@ -177,3 +166,30 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
         model="Glm4ForCausalLM", fields=_rotary_fraction, fused=_QKV | _GATE_UP, partial=True
     ),
 }
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a parameter; names without one are returned as they are."""
+    prefix, _, kind = name.rpartition(".")
+    if prefix in GLOBAL_NAMES:
+        return f"{GLOBAL_NAMES[prefix]}.{kind}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", prefix)
+    if match and match[2] in LAYER_NAMES:
+        return f"blk.{match[1]}.{LAYER_NAMES[match[2]]}.{kind}"
+    return name
+
+
+def place(file, declared: GGUFArchitecture, name: str) -> tuple[str, tuple[str, ...]]:
+    """The GGUF name of a parameter, and the linears that it is fused of, if it is stored so."""
+    own = gguf_name(name)
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        return own, ()
+    for fused, members in declared.fused.items():
+        if match[2] not in members:
+            continue
+        # Each member by itself is found by the first, which has a name of its own in any case.
+        first = f"blk.{match[1]}.{LAYER_NAMES[members[0]]}.weight"
+        if first not in file.names():
+            return f"blk.{match[1]}.{fused}.{match[3]}", members
+    return own, ()

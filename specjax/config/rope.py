@@ -196,10 +196,14 @@ def read_rope(
         {f"{name}.rope_theta": stated.get("rope_theta"), theta_field: config.get(theta_field)}
     )
     theta = theta if base is None else read.positive("rope_theta", base)
+    if theta <= 1:
+        raise ConfigError(f"rope_theta = {theta}: expected a number above 1")
     kind = read.settle(
         {f"{name}.rope_type": stated.get("rope_type"), f"{name}.type": stated.get("type")}
     )
-    kind = {**_OLD_NAMES, **(renamed or {})}.get(kind, kind) or "default"
+    kind = "default" if kind is None else kind
+    if isinstance(kind, str):
+        kind = {**_OLD_NAMES, **(renamed or {})}.get(kind, kind)
     if kind not in KINDS:
         raise ConfigError(
             f"{name}.rope_type = {kind!r} is not supported (supported: {', '.join(KINDS)})"
@@ -239,7 +243,10 @@ def _original(name, stated, config) -> int:
     )
     if value is None:
         value = config.get("max_position_embeddings")
-    return int(read.positive(f"{name}.{_ORIGINAL_FIELD}", value))
+    value = int(read.positive(f"{name}.{_ORIGINAL_FIELD}", value))
+    if value < 2:
+        raise ConfigError(f"{name}.{_ORIGINAL_FIELD} = {value}: expected at least 2")
+    return value
 
 
 def _llama3(name, stated, config) -> dict[str, Any]:

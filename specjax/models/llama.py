@@ -101,7 +101,9 @@ class Llama(nnx.Module):
             # Rounded to the compute dtype first, as Gemma was trained.
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         if self.model.embed_positions is not None:
-            x = x + self.model.embed_positions(positions)
+            # Rows that count for nothing may stand beyond the last position; what they write must be finite.
+            last = self.config.max_position_embeddings - 1
+            x = x + self.model.embed_positions(jnp.minimum(positions, last))
         return x
 
     def __call__(

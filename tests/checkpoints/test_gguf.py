@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from specjax import checkpoints
-from specjax.checkpoints import gguf, gguf_file
+from specjax.checkpoints import gguf, gguf_architectures, gguf_file
 from specjax.config import RopeConfig
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import hub
@@ -217,7 +217,7 @@ def test_equals_the_hugging_face_checkpoint_it_was_made_from(tmp_path):
         if name.endswith("k_proj.weight"):
             array = to_gguf_rows(array, config.num_kv_heads)
         kind = "F16" if array.ndim == 2 else "F32"
-        converted[gguf._gguf_name(name)] = (kind, array)
+        converted[gguf_architectures.gguf_name(name)] = (kind, array)
     metadata = METADATA | {
         "llama.embedding_length": config.hidden_size,
         "llama.feed_forward_length": config.intermediate_size,
@@ -528,7 +528,7 @@ def test_split_files_open_from_any_part(tmp_path):
         found = gguf.open_file(path)
         assert set(found.file.names()) == set(whole.file.names())
         for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
-            shape = found.file.info(gguf._gguf_name(name)).shape
+            shape = found.file.info(gguf_architectures.gguf_name(name)).shape
             np.testing.assert_array_equal(found.tensor(name, shape), whole.tensor(name, shape))
 
 
@@ -587,7 +587,7 @@ def test_the_model_that_ships():
     theirs = {t.name: t for t in package.GGUFReader(path).tensors}
     for name, shape in [("k_proj", (192, 576)), ("v_proj", (192, 576)), ("o_proj", (576, 576))]:
         ours = loaded.linear(f"model.layers.7.self_attn.{name}", *shape, False)
-        tensor = theirs[gguf._gguf_name(f"model.layers.7.self_attn.{name}.weight")]
+        tensor = theirs[gguf_architectures.gguf_name(f"model.layers.7.self_attn.{name}.weight")]
         expected = package.quants.dequantize(tensor.data, tensor.tensor_type)
         dense = np.asarray(ours.dequantize())
         dense = to_gguf_rows(dense, 3) if name == "k_proj" else dense

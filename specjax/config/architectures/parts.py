@@ -24,7 +24,7 @@ def activation(config: dict[str, Any], field: str = "hidden_act", default: str =
     """The nonlinearity of the feed-forward."""
     name = config.get(field)
     name = default if name is None else name
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ConfigError(
             f"{field} = {name!r} is not supported (supported: {', '.join(_ACTIVATIONS)})"
         )
@@ -45,10 +45,11 @@ def refuse(config: dict[str, Any], *names: str, why: str) -> None:
 
 def no_windows(config: dict[str, Any]) -> None:
     """Refuses layer types that the architecture does not have."""
-    other = set(config.get("layer_types") or ()) - {FULL}
+    stated = read.listed(config, "layer_types", read.size(config, "num_hidden_layers"))
+    other = {str(kind) for kind in stated or ()} - {FULL}
     if other:
         raise ConfigError(
-            f"layer_types has {sorted(map(str, other))}: only {FULL} is supported for "
+            f"layer_types has {sorted(other)}: only {FULL} is supported for "
             f"model type {config.get('model_type')!r}"
         )
 
@@ -58,10 +59,10 @@ def same_window(config: dict[str, Any], default: int | None) -> tuple[int | None
     count = read.size(config, "num_hidden_layers")
     window = config.get("sliding_window", default)
     window = None if window is None else read.size(config, "sliding_window", default)
-    stated = set(read.listed(config, "layer_types", count) or ())
+    stated = {str(kind) for kind in read.listed(config, "layer_types", count) or ()}
     if stated - {FULL if window is None else SLIDING}:
         raise ConfigError(
-            f"layer_types has {sorted(map(str, stated))} beside sliding_window = {window!r}, which holds for "
+            f"layer_types has {sorted(stated)} beside sliding_window = {window!r}, which holds for "
             "all layers of this architecture"
         )
     return (window,) * count
