@@ -22,7 +22,6 @@ import specjax
 from specjax import scoring
 from specjax.drafters import registry
 from specjax.errors import ConfigError
-from specjax.text import special_ids
 
 try:
     from lm_eval.api.instance import Instance
@@ -102,12 +101,7 @@ class SpecjaxLM(TemplateLM):
         self.max_length = min(_whole("max_length", max_length or positions), positions)
         self.max_gen_toks = _whole("max_gen_toks", max_gen_toks)
         self.seed = seed
-        self._prefix = None if prefix_token_id is None else int(prefix_token_id)
-        special_ids.chosen(
-            "prefix_token_id",
-            () if self._prefix is None else (self._prefix,),
-            self.model.config.vocab_size,
-        )
+        self._prefix = None if prefix_token_id is None else _token(self.model, prefix_token_id)
 
     @property
     def tokenizer_name(self) -> str:
@@ -274,6 +268,19 @@ def _load(
         options["dequantize"] = "never"
     template = chat_template and Path(chat_template).read_text(encoding="utf-8")
     return specjax.load(pretrained, chat_template=template, **options)
+
+
+def _token(model: specjax.LanguageModel, value: Any) -> int:
+    """The id of `prefix_token_id`, which a command line gives as text or number."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number < model.config.vocab_size:
+        raise ConfigError(
+            f"prefix_token_id: {value!r} is no token id of the vocabulary of {model.config.vocab_size}"
+        )
+    return number
 
 
 def _whole(name: str, value: Any) -> int:

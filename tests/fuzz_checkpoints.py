@@ -14,12 +14,13 @@ An outcome is one of
 The last three are faults.
 """
 
-import argparse
 import collections
 import copy
 import dataclasses
+import getopt
 import json
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -159,19 +160,11 @@ def _field(rng, base: Base, kind: str) -> Mutation:
     )
 
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-_SIZES += (
-    "head_dim",
-    "draft_vocab_size",
-    "eagle_aux_hidden_state_layer_ids",
-    "feed_forward_length",
-)
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "draft_vocab_size", "eagle_aux_hidden_state_layer_ids"),
+    *("feed_forward_length", "embedding_length", "head_count", "head_count_kv"),
+}
 
 
 def _about(base: Base, key: str = "") -> tuple[str, ...]:
@@ -458,16 +451,14 @@ def _differing(right: dict, found: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="print every case")
-    options = parser.parse_args()
+    """--count: cases; --start: seed of the first; --verbose: print every case."""
+    given = dict(getopt.getopt(sys.argv[1:], "", ["count=", "start=", "verbose"])[0])
+    start, count = int(given.get("--start", 0)), int(given.get("--count", 500))
     with tempfile.TemporaryDirectory() as folder:
         fuzz, rows = Fuzz(Path(folder)), []
-        for seed in range(options.start, options.start + options.count):
+        for seed in range(start, start + count):
             rows.append(fuzz.run(seed))
-            if options.verbose or rows[-1][2] in FAULTS:
+            if "--verbose" in given or rows[-1][2] in FAULTS:
                 print(seed, *rows[-1], sep=" | ", flush=True)
     table(rows)
     print("\nchanged nothing:")

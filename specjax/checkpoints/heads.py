@@ -5,11 +5,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from specjax.checkpoints import hf
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import base as file_base
 from specjax.files import source
+from specjax.files.base import TensorSource
 from specjax.models import eagle, eagle3, medusa
 from specjax.models.llama import Llama
 
@@ -33,7 +36,7 @@ def load_eagle(path: Path, target: Llama, target_name: str):
     """
     raw = _read_config(path)
     config = _read_shape(path, raw)
-    checkpoint = _Head(path, config, source.open_source(path))
+    checkpoint = hf.HFCheckpoint(path, config, _open_tensors(path))
     if checkpoint.has("midlayer.hidden_norm.weight"):
         _check_fit(path, config, target.config, target_name, ("vocab_size",))
         return _build_eagle3(checkpoint, raw, target)
@@ -110,24 +113,34 @@ def _read_shape(path: Path, raw: dict) -> ModelConfig:
         raise ConfigError(f"{path / 'config.json'}: {error}") from error
 
 
-class _Head(hf.HFCheckpoint):
-    """A head's folder; EAGLE-3 heads in the speculators layout answer to the upstream names."""
+class _UpstreamNames:
+    """The tensors of an EAGLE-3 head in the speculators layout under the names of the upstream one."""
 
-    def __init__(self, path, config, tensors):
-        super().__init__(path, config, tensors)
-        self._renamed = "layers.0.hidden_norm.weight" in tensors.names()
+    def __init__(self, tensors: TensorSource):
+        self._tensors = tensors
+
+    def names(self) -> Sequence[str]:
+        return tuple(name.replace("layers.0.", "midlayer.", 1) for name in self._tensors.names())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._stored(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors.dtype(self._stored(name))
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors.read(self._stored(name))
 
     def _stored(self, name: str) -> str:
-        return name.replace("midlayer.", "layers.0.", 1) if self._renamed else name
-
-    def has(self, name):
-        return super().has(self._stored(name))
-
-    def tensor(self, name, shape):
-        return super().tensor(self._stored(name), shape)
+        return name.replace("midlayer.", "layers.0.", 1)
 
 
-def _build_eagle3(checkpoint: _Head, raw: dict, target: Llama) -> eagle3.Eagle3Head:
+def _open_tensors(path: Path) -> TensorSource:
+    tensors = source.open_source(path)
+    return _UpstreamNames(tensors) if "layers.0.hidden_norm.weight" in tensors.names() else tensors
+
+
+def _build_eagle3(checkpoint: hf.HFCheckpoint, raw: dict, target: Llama) -> eagle3.Eagle3Head:
     layers = target.config.num_layers
     field = "eagle_aux_hidden_state_layer_ids"
     ids = raw.get(field) or (2, layers // 2, layers - 3)

@@ -7,6 +7,7 @@ from typing import Any
 from specjax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_TOO_MANY = 2**31  # positions and indices are int32
 
 
 def size(config: dict[str, Any], field: str, default: int | None = None) -> int:
@@ -15,8 +16,8 @@ def size(config: dict[str, Any], field: str, default: int | None = None) -> int:
     value = default if value is None else value
     if value is None:
         raise ConfigError(f"{field} is missing from the configuration")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{field} = {value!r}: expected a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _TOO_MANY:
+        raise ConfigError(f"{field} = {value!r}: expected a positive integer below 2^31")
     return value
 
 

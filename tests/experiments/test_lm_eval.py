@@ -134,8 +134,9 @@ def test_special_ids_come_from_the_tokenizer_too(tiny, adapter, tmp_path):
     with pytest.raises(ConfigError, match="pass prefix_token_id=ID"):
         lm.loglikelihood(pairs, disable_tqdm=True)
     assert adapter.SpecjaxLM(tmp_path, prefix_token_id=7).prefix_token_id == 7
-    with pytest.raises(ConfigError, match="prefix_token_id: 5000 is no token id"):
-        adapter.SpecjaxLM(tmp_path, prefix_token_id=5000)
+    for wrong in (5000, "x", -1):
+        with pytest.raises(ConfigError, match=f"prefix_token_id: {wrong!r} is no token id"):
+            adapter.SpecjaxLM(tmp_path, prefix_token_id=wrong)
 
 
 @needs_harness

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from experiments import bench_kernel, common
+from experiments import bench_kernel
+from experiments.shared import common
 from specjax.errors import ConfigError
 from specjax.pallas import device
 from specjax.pallas.matmul import tiles
