@@ -3,6 +3,7 @@
 The checkpoints are random and tiny; windows, softcaps and rotary kinds are set so that each changes the logits.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax import checkpoints
-from specjax.config import ModelConfig
+from specjax import checkpoints, conversion
+from specjax.config import ARCHITECTURES, ModelConfig
 from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
@@ -21,8 +22,11 @@ from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
 from specjax.engine.engine import Programs
+from specjax.errors import ConfigError, SpecjaxError
 from specjax.models import llama
 from specjax.models.prepare import prepare
+from specjax.pallas.tree_attention import api, reference
+from specjax.quantize import layerwise, rotate, smoothquant
 from tests import paths, tiny
 
 NAMES = (
@@ -178,3 +182,83 @@ def test_a_prompt_longer_than_the_window_and_drafts_beyond_the_last_position():
 @pytest.mark.parametrize("name", LONG_PROMPTS)
 def test_prompts_longer_than_the_window(name, drafter, batch):
     check_long_prompts(name, drafter, batch)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 40])
+def test_a_window_is_a_lower_bound_per_row_of_a_tree(window):
+    """Against counting: a row sees the last tokens of its own path, which begins with the prefix."""
+    parents, prefix, capacity = [-1, 0, 0, 1, 2, 3, 3, 5], 6, 20
+    count = len(parents)
+    tail, paths_ = np.zeros((count, count), bool), []
+    for node in range(count):
+        path = [node]
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        tail[node, path] = True
+        paths_.append([*range(prefix), *(prefix + step for step in reversed(path))])
+    wanted = np.zeros((count, capacity), bool)
+    for node, path in enumerate(paths_):
+        wanted[node, path[-window:]] = True
+    at = jnp.full((1,), prefix, jnp.int32)
+    seen = reference.visible_slots(capacity, count, at, at, jnp.asarray(tail)[None], window)
+    np.testing.assert_array_equal(seen[0], wanted)
+    chain = reference.visible_slots(capacity, 4, at, at, None, window)[0]
+    for row in range(4):
+        expected = np.arange(capacity) <= prefix + row
+        expected &= np.arange(capacity) > prefix + row - window
+        np.testing.assert_array_equal(chain[row], expected)
+
+
+def test_the_kernel_refuses_what_it_does_not_know_by_name():
+    q, keys = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 1, 64, 64))
+    at = jnp.zeros((1,), jnp.int32)
+    for name in ("window", "scale", "softcap"):
+        with pytest.raises(SpecjaxError, match=f"mosaic.*the kernel has no {name}"):
+            api.tree_attention(
+                *(q, keys, keys),
+                **dict(start=at, prefix=at, tail=None, backend="mosaic"),
+                **{name: 4},
+            )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "glm4"])
+def test_rotations_refuse_norms_that_act_on_channels(name):
+    with pytest.raises(ConfigError, match=r"cannot be rotated.*norm_placement"):
+        rotate.check_architecture(config_of(name))
+
+
+def test_smoothing_refuses_what_it_cannot_divide():
+    after = dataclasses.replace(config_of("glm4"), norm_placement="after")
+    with pytest.raises(ConfigError, match="norm_placement = 'after'"):
+        smoothquant.check_architecture(after, outputs=False)
+    with pytest.raises(ConfigError, match="gated_mlp"):
+        smoothquant.check_architecture(config_of("gpt2"), outputs=True)
+
+
+def test_the_registry_says_what_a_table_needs():
+    names = [found.name for found in ARCHITECTURES.values()]
+    assert len(set(names)) == len({found.model_type for found in ARCHITECTURES.values()}) == 13
+    with pytest.raises(ConfigError, match="MiniCPM3ForCausalLM.*" + ".*".join(names)):
+        ModelConfig.from_hf({"architectures": ["MiniCPM3ForCausalLM"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["dense", "gptq"])
+@pytest.mark.parametrize("name", NAMES)
+def test_converted_models_load_again(tmp_path, name, format):
+    """Dense: the same logits and names; gptq: those of the decoded codes. The configuration keeps its keys."""
+    quantized = {} if format == "dense" else {"scheme": "w4a16", "group_size": 16}
+    conversion.convert(folder(name), tmp_path / "out", format=format, **quantized)
+    checkpoint = checkpoints.open_checkpoint(tmp_path / "out")
+    given, canonical = golden(name), llama.build(checkpoint, jnp.float32)
+    found = logits(prepare(canonical), given["long_input_ids"])
+    if format == "dense":
+        assert relative(found[..., ::8], given["long_logits"]) < 1e-4
+        assert set(checkpoint.source.names()) == set(
+            checkpoints.open_checkpoint(folder(name)).source.names()
+        )
+    else:
+        decoded_ = logits(layerwise.decoded(canonical), given["long_input_ids"])
+        assert relative(found, decoded_) < 1e-4
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.loads((folder(name) / "config.json").read_text()).keys() <= written.keys()

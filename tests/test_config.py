@@ -2,11 +2,13 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from specjax.config import ModelConfig, RopeConfig
 from specjax.errors import ConfigError
+from specjax.models import rotary
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -192,3 +194,37 @@ def test_inv_freq_llama3_follows_its_definition():
         bands.add(band)
         np.testing.assert_allclose(scaled, expected, rtol=1e-6)
     assert bands == {"short", "medium", "long"}
+
+
+def test_yarn_frequencies():
+    """Fast frequencies stay, slow ones are divided, those between are mixed (arXiv 2309.00071)."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = read(rope_scaling=scaling).rope
+    plain = RopeConfig().inv_freq(16).astype(np.float64)
+
+    def channel(turns):
+        return 16 * math.log(64 / (turns * 2 * math.pi)) / (2 * math.log(1e4))
+
+    low, high = max(math.floor(channel(32)), 0), min(math.ceil(channel(1)), 15)
+    ramp = np.clip((np.arange(8) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(rope.inv_freq(16), plain * (1 - ramp) + plain / 4 * ramp, rtol=1e-6)
+    assert rope.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert read(rope_scaling=scaling | {"attention_factor": 1.5}).rope.attention_factor == 1.5
+    mscales = scaling | {"mscale": 2.0, "mscale_all_dim": 1.0}
+    expected = (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
+    assert read(rope_scaling=mscales).rope.attention_factor == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("length", [5, 32, 48, 64])
+def test_dynamic_frequencies_follow_the_length(length):
+    """The base of NTK scaling, at the length that is known, or the position's own."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    rope = read(rope_scaling=scaling, max_position_embeddings=32).rope
+    stretch = 2.0 * max(length, 32) / 32 - 1.0
+    base = 1e4 * stretch ** (16 / 14)
+    angles = 3 * base ** (-np.arange(0, 16, 2) / 16)
+    cos, sin = rotary.rope_tables(
+        rope, 16, jnp.full((1, 1), 3, jnp.int32), jnp.full((1,), length, jnp.int32)
+    )
+    np.testing.assert_allclose(cos[0, 0, 0, :8], np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin[0, 0, 0, 8:], np.sin(angles), atol=1e-6)

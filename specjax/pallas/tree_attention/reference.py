@@ -23,14 +23,14 @@ def visible_slots(
         last = start[:, None] + jnp.arange(num_rows, dtype=start.dtype)
         seen = slots[None, None] <= last[..., None]
         return seen if window is None else seen & (slots[None, None] > last[..., None] - window)
-    below = slots[None, None] < prefix[:, None, None]
+    offset = slots[None] - prefix[:, None]
+    below = (offset < 0)[:, None]
     if window is not None:
         count = jnp.sum(tail, axis=-1, dtype=start.dtype)
         first = prefix[:, None] + count - window
-        below &= slots[None, None] >= first[..., None]
+        below = below & (slots[None, None] >= first[..., None])
         nearer = count[..., None] - jnp.cumsum(tail, axis=-1, dtype=start.dtype)
         tail = tail & (nearer < window)
-    offset = slots[None] - prefix[:, None]
     width = tail.shape[-1]
     index = jnp.broadcast_to(jnp.clip(offset, 0, width - 1)[:, None], (*tail.shape[:2], capacity))
     in_tail = jnp.take_along_axis(tail, index, axis=-1)
