@@ -74,7 +74,7 @@ def test_greedy_output_is_the_targets(kind, rows):
         drafter = Hierarchical(model=other, inner=Ngram(draft_depth=2), min_draft_depth=2)
     if kind == "hierarchical-lm":
         drafter = Hierarchical(model=draft(VOCAB), inner=drafter, min_draft_depth=2)
-    drafter = common_vocabulary.fitted(drafter, VOCAB)
+    drafter = drafter.fitted(VOCAB)
     with tiny.hurried_compiler():
         done = tiny.run(tiny.engine(target(), drafter, PROGRAMS), tiny.requests(PROMPTS, 12), 2)
     texts = tiny.greedy(target(), PROMPTS, 12)

@@ -104,7 +104,7 @@ def drafter(name: str):
         draft = LM(model=other, draft_depth=2)
         if name.startswith("inner"):
             draft = Hierarchical(model=target(), inner=draft, min_draft_depth=2)
-        return common_vocabulary.fitted(draft, VOCAB)
+        return draft.fitted(VOCAB)
     if name == "tree":
         table = 1.5 * np.random.default_rng(4).standard_normal((VOCAB, VOCAB))
         return planned.Bigram(table=jnp.asarray(table, jnp.float32), parents=TREE, depth=2)
