@@ -20,6 +20,8 @@ MODELS = {
     ),
     "smollm2-135m": dict(qkv=(960, 576), o=(576, 576), gate_up=(3072, 576), down=(576, 1536)),
 }
+# Inputs that are no multiple of the widest pipeline step: SmolLM2-135M, Gemma 3 270M, down of Llama-2-7B.
+UNEVEN_INPUTS = (576, 640, 11008)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Spec:
     """A weight, and the inputs that it is multiplied by.
 
     Attributes:
-        name: "<model>/<projection>", or "<model>/<projection>/<variant>".
+        name: "<model>/<projection>", or "<model>/<projection>/<variant>", or that and "/<inputs> inputs".
         n, k: outputs and inputs.
         format: of the codes.
         variant: group size, parts and inputs.
@@ -84,7 +86,8 @@ def ops() -> tuple[str, ...]:
 def of(op: str) -> dict[str, Spec]:
     """The weights at which an op is compiled, tested and timed, by name.
 
-    A variant without a name is every projection of every model, others an 8B output projection.
+    A variant without a name is every projection of every model, others an 8B output projection; those whose
+    kernels read group sums have it with `UNEVEN_INPUTS`, too.
 
     Raises:
         ConfigError: no format states such a product.
@@ -102,15 +105,26 @@ def of(op: str) -> dict[str, Spec]:
 def _named(format: Format, variant: Variant) -> dict[str, Spec]:
     outputs, inputs = MODELS["llama3-8b"]["o"]
     name = f"llama3-8b/o/{variant.name}"
-    return {name: Spec(name=name, n=outputs, k=inputs, format=format, variant=variant)}
+    specs = {name: Spec(name=name, n=outputs, k=inputs, format=format, variant=variant)}
+    if variant.group_size == -1 or not (variant.zeros or variant.minima):
+        return specs
+    for inputs in UNEVEN_INPUTS:
+        longer, fitting = f"{name}/{inputs} inputs", _fitting(variant, inputs)
+        specs[longer] = Spec(name=longer, n=outputs, k=inputs, format=format, variant=fitting)
+    return specs
 
 
 def _plain(format: Format, variant: Variant) -> dict[str, Spec]:
     specs = {}
     for model, projections in MODELS.items():
         for projection, (outputs, inputs) in projections.items():
-            name, fitting = f"{model}/{projection}", variant
-            if variant.group_size == 128 and inputs % 128:
-                fitting = dataclasses.replace(variant, group_size=64)
+            name, fitting = f"{model}/{projection}", _fitting(variant, inputs)
             specs[name] = Spec(name=name, n=outputs, k=inputs, format=format, variant=fitting)
     return specs
+
+
+def _fitting(variant: Variant, inputs: int) -> Variant:
+    """With half the group where that of 128 does not divide the inputs."""
+    if variant.group_size == 128 and inputs % 128:
+        return dataclasses.replace(variant, group_size=64)
+    return variant
