@@ -85,7 +85,7 @@ def test_a_slot_that_tma_cannot_reach_is_named():
     sums = ring.Ring(name="sums", slots=3, shape=(1, 8), bits=32)
     with pytest.raises(RuntimeError, match=r"ring of sums has slots of 32 bytes \(1, 8\).*128"):
         sums.check()
-    with pytest.raises(RuntimeError, match="ring of x has slots of 512 bytes.*1024"):
+    with pytest.raises(RuntimeError, match=r"ring of x has slots of 512 bytes.*1024"):
         ring.Ring(name="x", slots=3, shape=(4, 64), bits=16, swizzle=128).check()
 
 
