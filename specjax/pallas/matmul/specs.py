@@ -46,13 +46,16 @@ class Spec:
         """16 for float inputs, 8 for integer ones."""
         return 16 if self.variant.input_bits == 16 else 8
 
-    def weight(self) -> PackedWeight:
-        """The packed weight's abstract arrays."""
-        variant = self.variant
-        size = self.k if variant.group_size == -1 else variant.group_size
-        table = (self.n, self.k // size)
+    @property
+    def group_size(self) -> int:
+        """Inputs per scale."""
+        return self.k if self.variant.group_size == -1 else self.variant.group_size
+
+    def canonical(self) -> dict[str, jax.ShapeDtypeStruct | None]:
+        """The abstract arrays of the canonical weight by name (see `Canonical`)."""
+        variant, table = self.variant, (self.n, self.k // self.group_size)
         two_level = self.format.two_level and variant.group_size != -1
-        abstract = dict(
+        return dict(
             codes=jax.ShapeDtypeStruct((self.n, self.k), self.format.code_dtype),
             scales=jax.ShapeDtypeStruct(table, variant.scale_dtype),
             zeros=jax.ShapeDtypeStruct(table, jnp.int8) if variant.zeros else None,
@@ -60,21 +63,28 @@ class Spec:
             channel_scales=jax.ShapeDtypeStruct((self.n,), jnp.float32) if two_level else None,
         )
 
-        def pack(arrays):
-            weight = Canonical(**arrays, group_size=size, levels=self.format.levels)
-            return packed.pack(weight, self.operand_bits)
+    def pack(self, arrays: dict[str, jax.Array | None]) -> PackedWeight:
+        """The packed form of canonical arrays."""
+        weight = Canonical(**arrays, group_size=self.group_size, levels=self.format.levels)
+        return packed.pack(weight, self.operand_bits)
 
-        return jax.eval_shape(pack, abstract)
+    def weight(self) -> PackedWeight:
+        """The packed weight's abstract arrays."""
+        return jax.eval_shape(self.pack, self.canonical())
 
     def arguments(self, rows: int, dtype=jnp.float16) -> dict:
         """Abstract arguments of `mosaic.matmul` by name; `dtype` is that of float inputs."""
         if self.operand_bits == 16:
             return dict(x=jax.ShapeDtypeStruct((rows, self.k), dtype), weight=self.weight())
-        return dict(
+        arguments = dict(
             x=jax.ShapeDtypeStruct((rows, self.k), f"int{self.variant.input_bits}"),
             x_scale=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
             weight=self.weight(),
         )
+        if self.variant.minima:
+            sums = (rows, self.k // self.group_size)
+            arguments["x_sums"] = jax.ShapeDtypeStruct(sums, jnp.float32)
+        return arguments
 
 
 def ops() -> tuple[str, ...]:
