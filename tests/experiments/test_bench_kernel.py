@@ -183,4 +183,6 @@ def test_tuning_keeps_what_it_wrote_before_the_device_was_lost(timed, monkeypatc
     with pytest.raises(SpecjaxError, match="device was lost"):
         tune(tmp_path)
     (path,) = tmp_path.rglob("*.json")
-    assert len(tuned.parse(path.read_text(), str(path))) == 2  # the weights of 256 inputs that came before
+    assert (
+        len(tuned.parse(path.read_text(), str(path))) == 2
+    )  # the weights of 256 inputs that came before
