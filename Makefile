@@ -1,4 +1,5 @@
 # `make demo` and `make test` need nothing but make and a Python >= 3.12: they build .venv first.
+# GPU_PYTHON=python3: `make test-gpu` with that interpreter and the packages it has; nothing is installed.
 # WORKERS: test processes at a time. JAX=0.12.0.1: another jax than the pinned one, in a .venv of its own.
 
 SHELL := /bin/bash
@@ -15,13 +16,14 @@ AOT_VENV := .venv-aot
 AOT_PYTHON := $(AOT_VENV)/bin/python
 AOT_INSTALLED := $(AOT_VENV)/.installed
 # The fast tests run on the CPU, also where there is a GPU; `make test-gpu` is for that.
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
 PYTEST := JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 help:
 	@echo "make demo       generate text with a real model, plainly and speculatively, and compare"
 	@echo "make test       the fast tests"
 	@echo "make test-full  all tests, slow ones too; an interrupted run goes on where it stopped"
-	@echo "make test-gpu   the tests that need an NVIDIA GPU"
+	@echo "make test-gpu   the tests that need an NVIDIA GPU (GPU_PYTHON=python3: offline, with that interpreter)"
 	@echo "make aot        a virtual environment that compiles for NVIDIA GPUs on a machine without one (experiments.aot_compile)"
 	@echo "make aot-check  compile the kernels for sm_80 and sm_90: no spill, no missing matrix instruction"
 	@echo "make lint       ruff: rules and format (make format: apply them)"
@@ -38,8 +40,11 @@ test-full: $(INSTALLED)
 	@$(PYTHON) -m tests.fetch
 	$(PYTEST) -m "" -p tests.resume --durations=20 2>&1 | tee -a $(RESULTS)/test-full.log
 
-test-gpu: $(INSTALLED)
-	$(PYTHON) -m pytest -m gpu
+# Only the files that have such tests are read, with settings that any pytest knows: what runs elsewhere may need packages
+# that a machine with a GPU has not.
+test-gpu: $(if $(GPU_PYTHON),,$(INSTALLED))
+	$(or $(GPU_PYTHON),$(PYTHON)) -m pytest -m gpu -o addopts= -o minversion=7 --import-mode=importlib -ra \
+	  -W ignore::pytest.PytestConfigWarning $(GPU_TESTS)
 
 lint: $(INSTALLED)
 	@$(PYTHON) -m ruff check .

@@ -8,12 +8,19 @@ import jax
 import jaxtyping
 import pytest
 
-from tests import typecheck  # noqa: F401  (the hook below names it)
+from tests import typecheck
 
 jaxtyping.install_import_hook("specjax", "tests.typecheck.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_report_header() -> list[str]:
+    """Says so where arguments go unchecked."""
+    if typecheck.beartype is None:
+        return ["beartype is not installed: shapes and dtypes of arguments are not checked"]
+    return []
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

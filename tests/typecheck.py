@@ -4,7 +4,11 @@ import typing
 from collections.abc import Callable
 
 import jaxtyping
-from beartype import beartype
+
+try:
+    from beartype import beartype
+except ModuleNotFoundError:  # as on a machine that was given a copy of this repository only
+    beartype = None
 
 
 def check(function: Callable) -> Callable:
@@ -13,7 +17,7 @@ def check(function: Callable) -> Callable:
     JAX rebuilds state classes (registered dataclasses) through their constructor with whatever a
     transformation keeps in the place of arrays: batch axes, shapes, `None`, donation marks.
     """
-    if function.__name__ == "__init__":
+    if function.__name__ == "__init__" or beartype is None:
         return function
     hints = function.__annotations__
     function.__annotations__ = {

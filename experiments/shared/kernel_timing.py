@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.engine.program import GPU_OPTIONS
+from specjax.engine.program import CommandBuffers, gpu_options
 
-_LINKS = 64
+LINKS = 64
 _REPEATS = 7
 
 
@@ -56,8 +56,20 @@ def chain(function: Callable, links: int) -> Callable:
     return run
 
 
+def device_answers() -> bool:
+    """Whether anything runs on the device still: after a fault of a kernel nothing does, in this process."""
+    try:
+        return int(jnp.ones((2,), jnp.int32).sum()) == 2
+    except Exception:  # whatever a lost device raises
+        return False
+
+
 def seconds_per_call(
-    function: Callable, x: jax.Array, weights: Sequence[tuple], links: int = _LINKS
+    function: Callable,
+    x: jax.Array,
+    weights: Sequence[tuple],
+    links: int | None = None,
+    command_buffers: CommandBuffers = "loop",
 ) -> list[float]:
     """Seconds that `function` takes, one value per repeat.
 
@@ -65,16 +77,19 @@ def seconds_per_call(
         function: (x, *weights) -> array.
         x: floats or integers; passed to every link.
         weights: arguments that the links take in turn, together larger than the last-level cache.
+        links: calls in one program; default `LINKS`.
+        command_buffers: see `engine.program.gpu_options`.
     """
-    on_gpu = jax.default_backend() == "gpu"
-    options = GPU_OPTIONS if on_gpu else None
+    links = LINKS if links is None else links
+    options = gpu_options(command_buffers) if jax.default_backend() == "gpu" else None
 
     def empty(x, *weights):
         return x
 
     programs = []
     for step in (function, empty):
-        jitted = jax.jit(chain(step, links))
+        # The links' own jit: traced and lowered once, not once a link.
+        jitted = jax.jit(chain(jax.jit(step), links))
         programs.append(jitted.lower(x, weights).compile(compiler_options=options))
     times: list[list[float]] = [[], []]
     for repeat in range(_REPEATS + 1):

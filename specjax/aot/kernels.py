@@ -86,13 +86,10 @@ def _matmul_cases(op, models, rows, target: Gpu, dtype) -> Iterator[Case]:
         for count in rows:
             tile = mosaic.m_tile(count, bits, target.arch)
             config = tiles.lookup(op, form, tile, bits, target)
-            extra = {}
-            if bits == 8 and spec.variant.minima:
-                extra["x_sums"] = jnp.zeros((count, form.in_features // form.group_size))
             yield Case(
                 op=op,
                 name=f"{name}/{count} rows" + (f"/{dtype}" if bits == 16 else ""),
-                function=functools.partial(mosaic.matmul, arch=target.arch, **extra),
+                function=functools.partial(mosaic.matmul, arch=target.arch),
                 arguments=spec.arguments(count, jnp.dtype(dtype)),
                 weights_per_thread=mosaic.weights_per_thread(config),
             )

@@ -11,7 +11,7 @@ from specjax.aot import executable, shapes, thunks
 from specjax.aot.compile import Compiled, Compiler
 from specjax.decoding import sampling as sample
 from specjax.engine import decode as decoding
-from specjax.engine.program import GPU_OPTIONS
+from specjax.engine.program import gpu_options
 from specjax.errors import ConfigError
 from specjax.models.prepare import weight_bytes
 
@@ -98,7 +98,7 @@ def compile_decode(
         name=name,
         donate=("state",),
         static={"acceptor": verify.Greedy()},
-        options=GPU_OPTIONS if options is None else options,
+        options=gpu_options() if options is None else options,
     )
     return compiled, arguments
 

@@ -12,7 +12,7 @@ from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.errors import ConfigError
 from specjax.models import eagle as eagle_model
-from specjax.models import llama
+from specjax.models import layers, llama
 from specjax.models.llama import Llama
 from specjax.models.prepare import prepare
 from specjax.quant import scheme as schemes
@@ -172,7 +172,7 @@ def drafter(spec: dict[str, Any], checkpoint: ShapeCheckpoint, target: Llama) ->
         raise ConfigError(
             f"drafter {spec['kind']!r} cannot be made from a shape; supported: none, ngram, eagle"
         )
-    head = eagle_model.build(checkpoint, target.dtype)
+    head = layers.with_backend(eagle_model.build(checkpoint, target.dtype), target.backend)
     if options.get("vocabulary_size") is not None:
         ids = jnp.arange(options["vocabulary_size"], dtype=jnp.int32)
         head = shrink.with_vocabulary(head, target, ids)

@@ -170,7 +170,7 @@ class _Pass:
             values=tuple(self.values[:index]),
             depth=kv.DepthRecord(valid=tuple(self.valid[:routed]), runs=self.runs),
         )
-        below = kv.compact(below, self.block.start, kept)
+        below = kv.compact(below, self.block.start, kept, self.model.backend)
         self.keys[:index], self.values[:index] = below.keys, below.values
         self.valid[:routed] = below.depth.valid
         self._enter(block)

@@ -6,9 +6,10 @@ from specjax.loading import LoadOptions
 
 
 def load(target, model: str, scheme: str | None, quantize: str | None, keep_codes: bool = False):
-    """Loads a draft model in the target's compute dtype; `quantize` rounds a dense one to a scheme."""
+    """Loads a draft model in the target's dtype and on its backend; `quantize` rounds a dense one to a scheme."""
     options = LoadOptions(
         dtype=target.dtype_name,
+        backend=target.module.backend,
         scheme=scheme,
         quantize=quantize,
         dequantize="never" if keep_codes else "auto",

@@ -210,7 +210,7 @@ class Hierarchical:
         rule = verify.acceptor("lossless", sampling.greedy)
         taken = rule(tree, drafted.q, logits, sample.fold(keys, 1), sampling)
         if not tree.is_chain:
-            cache = kv.compact(cache, state.valid, taken.path)
+            cache = kv.compact(cache, state.valid, taken.path, self.model.backend)
         rows = taken.path[..., None]
         probs = None
         if not sampling.greedy:

@@ -16,6 +16,7 @@ from typing import Any
 
 from specjax.drafters.base import Drafter
 from specjax.errors import ConfigError
+from specjax.models import layers
 
 Spec = str | dict[str, Any] | Drafter
 
@@ -94,7 +95,7 @@ def check(spec: dict[str, Any]) -> None:
 
 
 def build(spec: Spec, target) -> Drafter:
-    """The drafter that a spec describes, for a loaded target (`specjax.loading.LoadedModel`).
+    """The drafter that a spec describes, for a loaded target (`specjax.loading.LoadedModel`), on the target's backend.
 
     Raises:
         ConfigError: the spec is malformed or does not fit the target.
@@ -108,7 +109,7 @@ def build(spec: Spec, target) -> Drafter:
     builder = _module(spec["kind"]).build
     if "registry" in inspect.signature(builder).parameters:
         arguments["registry"] = sys.modules[__name__]
-    return builder(target, **arguments)
+    return layers.with_backend(builder(target, **arguments), target.module.backend)
 
 
 def needs_codes(spec: Spec) -> bool:

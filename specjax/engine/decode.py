@@ -176,7 +176,7 @@ def step(
         running = replace(accepted, length=jnp.where(state.done, 0, accepted.length))
     with jax.named_scope("commit"):
         if not tree.is_chain:
-            cache = kv.compact(cache, state.lengths, accepted.path)
+            cache = kv.compact(cache, state.lengths, accepted.path, target.backend)
         if features is not None:
             rows = jnp.take_along_axis(features, accepted.path[..., None], axis=1)
             running = replace(running, features=rows)

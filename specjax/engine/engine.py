@@ -4,6 +4,7 @@ Shapes come in buckets, so that prompts of similar length share executables; eve
 device, in one dispatch per generation unless the caller wants to look in between.
 """
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from specjax.engine import decode as decoding
 from specjax.engine import trace as tracing
 from specjax.engine.decode import DecodeState
 from specjax.engine.metrics import Metrics
-from specjax.engine.program import Program
+from specjax.engine.program import CommandBuffers, Program
 from specjax.errors import CapacityError
 from specjax.models.llama import Llama
 from specjax.verify.base import Acceptor
@@ -98,14 +99,19 @@ class _Slot:
 
 
 class Programs:
-    """The compiled programs that engines share, so that a second generation of the same shapes compiles nothing."""
+    """The compiled programs that engines share, so that a second generation of the same shapes compiles nothing.
 
-    def __init__(self):
-        self.prefill = Program(decoding.prefill_chunk, donate=("state",))
-        self.decode = Program(decoding.decode, donate=("state",), static=("acceptor",))
-        self.insert = Program(decoding.insert, donate=("batch",))
+    Args:
+        command_buffers: what CUDA graphs hold, see `engine.program.gpu_options`.
+    """
+
+    def __init__(self, command_buffers: CommandBuffers = "loop"):
+        program = functools.partial(Program, command_buffers=command_buffers)
+        self.prefill = program(decoding.prefill_chunk, donate=("state",))
+        self.decode = program(decoding.decode, donate=("state",), static=("acceptor",))
+        self.insert = program(decoding.insert, donate=("batch",))
         sizes = ("batch", "capacity", "max_new_tokens", "trace")
-        self.init = Program(decoding.init_state, static=sizes)
+        self.init = program(decoding.init_state, static=sizes)
 
     def _all(self) -> tuple[Program, ...]:
         return self.prefill, self.decode, self.insert, self.init

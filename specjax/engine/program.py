@@ -2,16 +2,39 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 
-# XLA captures the whole loop in one CUDA graph: loops are added to what command buffers may hold (the other names are
-# XLA's defaults; this form of the option replaces them), and nothing is too short for one.
-GPU_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION",
-    "xla_gpu_graph_min_graph_size": 1,
-}
+from specjax.errors import ConfigError
+
+CommandBuffers = Literal["loop", "body", "off"]
+COMMAND_BUFFERS: tuple[str, ...] = get_args(CommandBuffers)
+
+# What command buffers may hold: XLA's defaults but for conditionals, which need drivers that know them in graphs.
+_IN_A_BODY = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION")
+_HELD = {"loop": (*_IN_A_BODY, "CONDITIONAL", "WHILE"), "body": _IN_A_BODY}
+
+
+def gpu_options(command_buffers: CommandBuffers = "loop") -> dict[str, Any]:
+    """Compiler options of XLA on NVIDIA GPUs.
+
+    Args:
+        command_buffers: "loop": a whole loop is one CUDA graph, whatever its length; "body": its body is one or
+            several, launched from the host step by step; "off": no graphs.
+
+    Raises:
+        ConfigError: none of them.
+    """
+    if command_buffers not in COMMAND_BUFFERS:
+        raise ConfigError(f"{command_buffers=}: supported are {', '.join(COMMAND_BUFFERS)}")
+    if command_buffers == "off":
+        # An empty list, and, should a version of XLA read that as its default, no graph long enough.
+        return {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 1 << 30}
+    return {
+        "xla_gpu_enable_command_buffer": ",".join(_HELD[command_buffers]),
+        "xla_gpu_graph_min_graph_size": 1,
+    }
 
 
 class Program:
@@ -22,8 +45,14 @@ class Program:
     """
 
     def __init__(
-        self, function: Callable, *, donate: tuple[str, ...] = (), static: tuple[str, ...] = ()
+        self,
+        function: Callable,
+        *,
+        donate: tuple[str, ...] = (),
+        static: tuple[str, ...] = (),
+        command_buffers: CommandBuffers = "loop",
     ):
+        self._options = gpu_options(command_buffers)
         self._jitted = jax.jit(function, donate_argnames=donate, static_argnames=static)
         self._static = static
         self._compiled: dict[Any, Any] = {}
@@ -55,7 +84,7 @@ class Program:
         key = (structure, static, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             begin = time.perf_counter()
-            options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+            options = self._options if jax.default_backend() == "gpu" else None
             self._compiled[key] = self._jitted.lower(**kwargs).compile(compiler_options=options)
             self.compile_ms += (time.perf_counter() - begin) * 1e3
             self.num_compilations += 1

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.config import ModelConfig
+from specjax.pallas import dispatch
 from specjax.pallas.glue import api as glue
 
 # Up to this batch size rows are written one after the other (each in place); above it one scatter writes them all.
@@ -100,16 +101,21 @@ def write_flags(
     return jnp.where(inside, placed, buffer)
 
 
-def compact(cache: KVCache, start: Int[Array, "B"], path: Int[Array, "B P"]) -> KVCache:
+def compact(
+    cache: KVCache,
+    start: Int[Array, "B"],
+    path: Int[Array, "B P"],
+    backend: dispatch.Backend = "auto",
+) -> KVCache:
     """Moves the accepted path into place: slot start + path[j] -> slot start + j, in every layer.
 
     The rows are gathered before any is written (source and destination overlap). Entries of `path` beyond the accepted
-    length may be any node: what they move lies beyond the new length.
+    length may be any node: what they move lies beyond the new length. `backend` is that of the cache's model.
     """
     depth = cache.depth
     if depth is not None:
         depth = replace(depth, valid=tuple(_move_flags(x, start, path) for x in depth.valid))
-    moved = glue.move_rows([*cache.keys, *cache.values], start, path)
+    moved = glue.move_rows([*cache.keys, *cache.values], start, path, backend)
     if moved is not None:
         count = len(cache.keys)
         return KVCache(keys=tuple(moved[:count]), values=tuple(moved[count:]), depth=depth)

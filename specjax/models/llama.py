@@ -20,7 +20,7 @@ from specjax.models import cache as kv
 from specjax.models import layers as nn
 from specjax.models.layers import Block
 from specjax.models.norms import LayerNorm, Norm
-from specjax.pallas import matmul_dense
+from specjax.pallas import dispatch, matmul_dense
 from specjax.pallas.glue import api as glue
 from specjax.pallas.glue import parts
 from specjax.quant import view
@@ -92,6 +92,11 @@ class Llama(nnx.Module):
         """Compute dtype."""
         return self.model.embed_tokens.weight.dtype
 
+    @property
+    def backend(self) -> dispatch.Backend:
+        """What runs attention, and what stands between products."""
+        return self.model.layers[0].self_attn.backend
+
     def embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
@@ -123,7 +128,7 @@ class Llama(nnx.Module):
             keys.append(k)
             values.append(v)
         return ForwardOutput(
-            hidden=glue.residual_norm(x, added, self.model.norm)[1],
+            hidden=glue.residual_norm(x, added, self.model.norm, self.backend)[1],
             captured=tuple(captured[index] for index in capture),
             cache=kv.KVCache(keys=tuple(keys), values=tuple(values)),
         )

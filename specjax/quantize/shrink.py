@@ -53,7 +53,7 @@ def quantized(head: EagleHead | Eagle3Head, target: Llama, scheme: str):
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme={scheme!r} of a draft head: supported are {', '.join(SCHEMES)}")
     found = schemes.lookup(scheme)
-    preparation = Preparation("auto", "auto", target.dtype)
+    preparation = Preparation(target.backend, "auto", target.dtype)
 
     def rounded(node):
         if not isinstance(node, Linear):

@@ -34,3 +34,12 @@ def test_a_drafter_is_one_file_and_one_line(repeat, hurried):
     assert [r.output_ids for r in drafted] == [r.output_ids for r in plain]
     with pytest.raises(ConfigError, match="period=0"):
         registry.build(spec | {"period": 0}, model)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "lm"])
+def test_drafts_run_on_the_backend_of_their_target(kind):
+    model = specjax.load(paths.fixture("tiny-fp16"), dtype="float32", backend="xla")
+    path = paths.fixture("eagle2-tiny" if kind == "eagle" else "tiny-fp16")
+    drafter = registry.build({"kind": kind, "model": str(path)}, model)
+    module = drafter.head if kind == "eagle" else drafter.model.model
+    assert {layer.self_attn.backend for layer in module.layers} == {"xla"}

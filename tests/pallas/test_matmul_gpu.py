@@ -9,7 +9,6 @@ from specjax.pallas.matmul import packed, reference
 from specjax.pallas.matmul.api import matmul
 from specjax.quant import activations
 from specjax.quant.scheme import lookup
-from tests.pallas.test_packed import qoq
 from tests.quant import random_linears as draw
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +62,7 @@ def test_integers(name, group_size, shape):
     outputs, inputs = shape
     size = inputs if group_size == -1 or inputs % group_size else group_size
     if name == "w4a8-qoq" and size == 128:
-        linear = qoq(outputs, inputs)
+        linear = draw.qoq(outputs, inputs)
     else:
         linear = draw.make(lookup(name), outputs, inputs, size, minima=name == "w4a8-qoq")
     packing = packed.pack(linear, 8)

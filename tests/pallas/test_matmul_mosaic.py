@@ -20,7 +20,6 @@ from specjax.pallas.matmul import mosaic, packed, reference
 from specjax.pallas.matmul.plan import Config
 from specjax.quant import activations
 from specjax.quant.scheme import lookup
-from tests.pallas.test_packed import qoq
 from tests.quant import random_linears as draw
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -124,6 +123,25 @@ def test_w4a16_forms(name, group_size, minima):
     check_float(linear, 5)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "rows", "minima"),
+    [
+        (640, 3, False),
+        *slowly((640, 3, True), (576, 33, False), (576, 33, True), (11008, 8, False)),
+    ],
+)
+def test_sums_of_groups_in_few_tiles_a_step(inputs, rows, minima):
+    """Slots of their ring are wider than the rows; tiles as a GPU gets them."""
+    group_size = 128 if inputs % 128 == 0 else 64
+    linear = draw.make(lookup("w4a16-asym"), 64, inputs, group_size, minima=minima)
+    check_float(linear, rows, config=None)
+
+
+@pytest.mark.parametrize("inputs", [640, *slowly(11008)])
+def test_progressive_sums_in_few_tiles_a_step(inputs):
+    check_integer(draw.qoq(64, inputs), 3, config=None)
+
+
 @slow
 @pytest.mark.parametrize("inputs", [4096, 14336])
 def test_inputs_of_an_8b_model(inputs):
@@ -182,14 +200,14 @@ def test_w4a8_forms(name, group_size, minima):
 
 
 def test_w4a8_progressive():
-    check_integer(qoq(128, 384), 3)
+    check_integer(draw.qoq(128, 384), 3)
 
 
 @slow
 @pytest.mark.parametrize("arch", [HOPPER, AMPERE])
 @pytest.mark.parametrize("inputs", [8064, 8192])  # sums are shifted back at the end, and by groups
 def test_w4a8_progressive_sums_stay_in_int32(inputs, arch):
-    linear = qoq(64, inputs)
+    linear = draw.qoq(64, inputs)
     extreme = dict(
         codes=jnp.zeros_like(linear.codes),
         scales=jnp.full_like(linear.scales, 8),

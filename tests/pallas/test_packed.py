@@ -27,14 +27,6 @@ def assert_equal(left, right) -> None:
     assert (left.group_size, left.levels) == (right.group_size, right.levels)
 
 
-def qoq(outputs: int, inputs: int):
-    """QoQ codes whose int8 weights do not wrap around."""
-    linear = draw.make(lookup("w4a8-qoq"), outputs, inputs, 128)
-    scales = jnp.clip(linear.scales, 1, 8)
-    zeros = jnp.clip(linear.zeros, -128, 7)
-    return dataclasses.replace(linear, scales=scales, zeros=zeros)
-
-
 @settings(max_examples=10, deadline=None)
 @given(
     name=st.sampled_from(["w4a16", "w4a16-asym", "w4a8", "w8a8", "w8a16-asym", "w4a4-asym"]),
@@ -62,7 +54,7 @@ def test_per_channel_of_any_width(inputs, operand_bits):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: draw.make(lookup("w4a8-qqq"), 130, 384, 128), lambda: qoq(130, 384)]
+    "make", [lambda: draw.make(lookup("w4a8-qqq"), 130, 384, 128), lambda: draw.qoq(130, 384)]
 )
 def test_second_levels(make):
     linear = make()

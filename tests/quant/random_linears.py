@@ -1,11 +1,13 @@
 """Random quantized linears of every scheme, and what they mean in float64 and int64 numpy."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
 from specjax.quant import packing
 from specjax.quant.linear import QuantizedLinear
-from specjax.quant.scheme import Scheme
+from specjax.quant.scheme import Scheme, lookup
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -50,6 +52,14 @@ def make(
     if bias:
         parts["bias"] = jnp.asarray(rng.normal(0, 1, outputs)).astype(scale_dtype)
     return QuantizedLinear(**parts, scheme=scheme, group_size=group_size)
+
+
+def qoq(outputs: int, inputs: int):
+    """QoQ codes whose int8 weights do not wrap around."""
+    linear = make(lookup("w4a8-qoq"), outputs, inputs, 128)
+    scales = jnp.clip(linear.scales, 1, 8)
+    zeros = jnp.clip(linear.zeros, -128, 7)
+    return dataclasses.replace(linear, scales=scales, zeros=zeros)
 
 
 def _codes(rng, spec, outputs, inputs):

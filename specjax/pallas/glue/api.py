@@ -48,10 +48,11 @@ def move_rows(
     buffers: list[Float[Array, "B K S C"]],
     start: Int[Array, "B"],
     path: Int[Array, "B P"],
+    backend: dispatch.Backend = "auto",
 ) -> list[Float[Array, "B K S C"]] | None:
     """Slot start + path[j] -> slot start + j in every buffer, in one launch; None where no kernel can."""
     fits = buffers[0].shape[-1] == 128 and len(buffers) <= _MAX_ROWS
-    if not fits or not _kernels_run("auto", *buffers):
+    if not fits or not _kernels_run(backend, *buffers):
         return None
     from specjax.pallas.glue import kernels
 

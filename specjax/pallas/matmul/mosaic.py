@@ -112,9 +112,7 @@ def float_parts(
     name = form.format.op(16)
     plan = _plan(x, weight, name, arch, config, interpret, inner_minima=True)
     rows = _padded(x, plan)
-    sums = None
-    if plan.uses_sums:
-        sums = rows.astype(jnp.float32).reshape(plan.rows, -1, plan.group).sum(-1)
+    sums = _group_sums(rows.astype(jnp.float32), plan) if plan.uses_sums else None
     return _partial_sums(plan, rows, weight, sums, name, interpret)
 
 

@@ -4,6 +4,7 @@ from specjax.pallas import device, tuned
 from specjax.pallas.device import Gpu
 from specjax.pallas.matmul.form import STEP_TILES, TILE, Form
 from specjax.pallas.matmul.plan import Config
+from specjax.pallas.matmul.ring import sums_columns
 
 # Multiprocessors of a typical device, by compute capability.
 _NUM_SMS = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128}
@@ -74,7 +75,8 @@ def stage_bytes(form: Form, m_tile: int, operand_bits: int, tiles: int, gpu: Gpu
         # Scales, zeros and minima, and group sums of the inputs, at their widest.
         entries = columns // (form.table_group or TILE)
         tables = 4 + (0 if form.format.signed else 6)
-        num_bytes += entries * (TILE * tables + (0 if form.format.signed else 4 * m_tile))
+        sums = 0 if form.format.signed else 4 * sums_columns(m_tile)
+        num_bytes += entries * (TILE * tables + sums)
     return num_bytes
 
 

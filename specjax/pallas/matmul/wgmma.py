@@ -21,10 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from specjax.pallas.matmul import folding, registers
 from specjax.pallas.matmul.form import TILE
 from specjax.pallas.matmul.plan import Plan
+from specjax.pallas.matmul.ring import COMPUTE_GROUPS, ROWS, Ring, rings, sums_columns
 
 _Layout = plgpu.Layout
-_COMPUTE_GROUPS = 2
-_ROWS = TILE // _COMPUTE_GROUPS
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
@@ -36,22 +35,22 @@ def partial_sums(plan: Plan, inputs: dict[str, jax.Array], *, name: str, interpr
     """
     names = tuple(inputs)
     outputs, config = plan.form.n_tiles * TILE, plan.config
+    if "sums" in inputs:
+        spare = -plan.rows % sums_columns(plan.m_tile)
+        inputs = inputs | {"sums": jnp.pad(inputs["sums"], ((0, 0), (0, spare)))}
+    memory = rings(plan, {key: array.dtype for key, array in inputs.items()})
     return plgpu.kernel(
         functools.partial(_body, plan, names),
         out_type=jax.ShapeDtypeStruct((config.splits, plan.rows, outputs), plan.out_dtype),
         scratch_types=dict(
-            ring={key: _stage_memory(plan, key, inputs[key].dtype) for key in names},
-            out_smem=plgpu.SMEM(
-                (_COMPUTE_GROUPS, plan.m_tile, _ROWS),
-                plan.out_dtype,
-                transforms=_swizzled(128, jnp.dtype(plan.out_dtype).itemsize * 8),
-            ),
+            ring={key: _shared(memory[key], inputs[key].dtype) for key in names},
+            out_smem=_shared(memory["out"], plan.out_dtype),
             full=plgpu.Barrier(num_arrivals=len(names), num_barriers=config.num_stages),
-            empty=plgpu.Barrier(num_arrivals=_COMPUTE_GROUPS, num_barriers=config.num_stages),
+            empty=plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=config.num_stages),
         ),
         grid=(plan.form.n_tiles, config.splits, plan.rows // plan.m_tile),
         grid_names=("n", "split", "m"),
-        num_threads=_COMPUTE_GROUPS + 1,
+        num_threads=COMPUTE_GROUPS + 1,
         thread_name="group",
         kernel_name=name,
         interpret=interpret,
@@ -59,28 +58,14 @@ def partial_sums(plan: Plan, inputs: dict[str, jax.Array], *, name: str, interpr
     )(*inputs.values())
 
 
-def _swizzled(num_bytes: int, bits: int):
-    return (
-        plgpu.TilingTransform((8, num_bytes * 8 // bits)),
-        plgpu.SwizzleTransform(num_bytes),
-    )
-
-
-def _stage_memory(plan: Plan, key: str, dtype):
-    """The ring of stages of one input."""
-    stages, tiles = plan.config.num_stages, plan.config.tiles_per_step
-    if key == "codes":
-        bits = plan.format.bits
-        shape, transforms = (tiles, TILE, TILE), _swizzled(TILE * bits // 8, bits)
-    elif key == "x":
-        # A unit's columns of x are one operand, so no swizzle may reach beyond them.
-        num_bytes = min(128, plan.unit * plan.operand.bits // 8)
-        shape = (plan.m_tile, tiles * TILE)
-        transforms = _swizzled(num_bytes, plan.operand.bits)
-    else:
-        columns = plan.m_tile if key == "sums" else TILE
-        shape, transforms = (plan.units_per_step, columns), ()
-    return plgpu.SMEM((stages, *shape), dtype, transforms=transforms)
+def _shared(ring: Ring, dtype):
+    transforms = ()
+    if ring.swizzle:
+        transforms = (
+            plgpu.TilingTransform((8, ring.swizzle * 8 // ring.bits)),
+            plgpu.SwizzleTransform(ring.swizzle),
+        )
+    return plgpu.SMEM((ring.slots, *ring.shape), dtype, transforms=transforms)
 
 
 def _body(plan: Plan, names: tuple[str, ...], *refs, ring, out_smem, full, empty):
@@ -89,7 +74,7 @@ def _body(plan: Plan, names: tuple[str, ...], *refs, ring, out_smem, full, empty
     group = lax.axis_index("group")
     first, count = plan.steps(split)
 
-    @pl.when(group == _COMPUTE_GROUPS)
+    @pl.when(group == COMPUTE_GROUPS)
     def _():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
@@ -99,17 +84,17 @@ def _body(plan: Plan, names: tuple[str, ...], *refs, ring, out_smem, full, empty
             def _():
                 _produce(plan, inputs, ring, full, empty, (n, m, first, count))
 
-    @pl.when(group < _COMPUTE_GROUPS)
+    @pl.when(group < COMPUTE_GROUPS)
     def _():
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        rows = pl.ds(group * _ROWS, _ROWS)
+        rows = pl.ds(group * ROWS, ROWS)
         consume = _consume_groups if plan.group else _consume_whole
         total = consume(plan, ring, full, empty, rows, count)
         out_smem.at[group].T[...] = plgpu.layout_cast(
             folding.finish(plan, total), _Layout.WGMMA_TRANSPOSED
         )
         plgpu.commit_smem()
-        where = (split, pl.ds(m * plan.m_tile, plan.m_tile), pl.ds(n * TILE + group * _ROWS, _ROWS))
+        where = (split, pl.ds(m * plan.m_tile, plan.m_tile), pl.ds(n * TILE + group * ROWS, ROWS))
         plgpu.copy_smem_to_gmem(out_smem.at[group], out_gmem.at[where])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -132,7 +117,7 @@ def _produce(plan: Plan, inputs, ring, full, empty, block) -> None:
         sources = dict(
             codes=(n, pl.ds(tile, tiles)),
             x=(rows, pl.ds(tile * TILE, tiles * TILE)),
-            sums=(unit, rows),
+            sums=(unit, pl.ds(m * plan.m_tile, sums_columns(plan.m_tile))),
         )
         for key, source in inputs.items():
             where = sources.get(key, (n, unit))
@@ -164,8 +149,9 @@ def _table(plan: Plan, ring, slot, rows, unit: int, key: str):
     return plgpu.load(ring[key].at[slot, unit, rows], layout=registers.row_layout(plan.operand))
 
 
-def _sums(ring, slot, unit: int):
-    return plgpu.load(ring["sums"].at[slot, unit], layout=_Layout.WGMMA.reduce(0))
+def _sums(plan: Plan, ring, slot, unit: int):
+    ref = ring["sums"].at[slot, unit, pl.ds(0, plan.m_tile)]
+    return plgpu.load(ref, layout=_Layout.WGMMA.reduce(0))
 
 
 def _columns(plan: Plan, ring, slot, unit: int):
@@ -179,7 +165,7 @@ def _emulated_product(plan: Plan, weight, x):
 
 
 def _zeros(plan: Plan, dtype):
-    return plgpu.layout_cast(jnp.zeros((_ROWS, plan.m_tile), dtype), _Layout.WGMMA)
+    return plgpu.layout_cast(jnp.zeros((ROWS, plan.m_tile), dtype), _Layout.WGMMA)
 
 
 def _release(plan: Plan, barrier) -> None:
@@ -220,7 +206,7 @@ def _consume_whole(plan: Plan, ring, full, empty, rows, count):
 
         return acc[...]
 
-    return pl.run_scoped(scoped, plgpu.ACC((_ROWS, plan.m_tile), plan.acc_dtype))
+    return pl.run_scoped(scoped, plgpu.ACC((ROWS, plan.m_tile), plan.acc_dtype))
 
 
 def _consume_groups(plan: Plan, ring, full, empty, rows, count):
@@ -238,9 +224,8 @@ def _consume_groups(plan: Plan, ring, full, empty, rows, count):
             x = _columns(plan, ring, slot, unit)
             part, weight = _multiply(plan, weight, x, following)
             table = functools.partial(_table, plan, ring, slot, rows, unit)
-            total = folding.add_group(
-                plan, total, part, table, functools.partial(_sums, ring, slot, unit)
-            )
+            sums = functools.partial(_sums, plan, ring, slot, unit)
+            total = folding.add_group(plan, total, part, table, sums)
         _release(plan, empty.at[slot])
         return total
 
@@ -259,5 +244,5 @@ def _multiply(plan: Plan, weight, x, following):
         plgpu.wgmma_wait(0)
         return acc[...], *ahead
 
-    part, *ahead = pl.run_scoped(scoped, plgpu.ACC((_ROWS, plan.m_tile), plan.acc_dtype))
+    part, *ahead = pl.run_scoped(scoped, plgpu.ACC((ROWS, plan.m_tile), plan.acc_dtype))
     return part, ahead[0] if ahead else None
