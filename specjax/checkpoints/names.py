@@ -113,6 +113,10 @@ class Names:
             found += _NORMS[2:4]
         return (*found, *(_NORMS[4:] if config.qk_norm is not None else ()))
 
+    def knows(self, name: str) -> bool:
+        """Whether a tensor, by its name in the file, is one that the model may have."""
+        return name.rpartition(".")[0] in self._known
+
     def unread(self) -> list[str]:
         """Tensors that the model has no use for, without buffers, sorted."""
         layers = re.escape(self("model.layers.0.")[: -len("0.")])
@@ -121,7 +125,7 @@ class Names:
         return sorted(
             name
             for name in self.stored
-            if name.rpartition(".")[0] not in self._known
+            if not self.knows(name)
             and not skipped.fullmatch(name)
             and not (self._config.depth is not None and router.fullmatch(name))
         )
