@@ -66,7 +66,11 @@ class Names:
 
     def __call__(self, name: str) -> str:
         """The name in the file of a parameter, or the prefix of a linear."""
-        return self._rooted(self.layout.stored(name), self._root)
+        plain = self.layout.stored(name)
+        # Vision models have their head in the language model or beside it.
+        if plain.partition(".")[0] == "lm_head" and self.has_linear("lm_head"):
+            return plain
+        return self._rooted(plain, self._root)
 
     def has_linear(self, prefix: str) -> bool:
         """Whether any tensor of a linear is stored, by the linear's prefix in the file."""

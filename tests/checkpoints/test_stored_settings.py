@@ -41,6 +41,14 @@ def test_tied_configuration_with_the_same_head_is_tied(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("head", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_head_beside_the_language_model_or_in_it(tmp_path, head):
+    weights = {f"language_model.{name}": value for name, value in tensors().items()}
+    weights[head] = weights.pop("language_model.lm_head.weight")
+    model = llama.build(opened(folder(tmp_path, weights, tie_word_embeddings=True)), jnp.float32)
+    np.testing.assert_array_equal(model.lm_head.weight[...], weights[head])
+
+
 def test_no_head_stored(tmp_path, caplog):
     weights = tensors()
     del weights["lm_head.weight"]
