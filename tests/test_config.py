@@ -103,6 +103,23 @@ def test_architecture_from_model_type():
             r"high_freq",
         ),
         ({"rope_scaling": "linear"}, r"rope_scaling = 'linear'"),
+        ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling has factor = 4.0 and no rope_type"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}},
+            r"rope_scaling.alpha = 1000.0",
+        ),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "rope_parameters": {"rope_type": "linear", "factor": 8.0},
+            },
+            r"rope_parameters = .* full_attention",
+        ),
+        ({"model_type": "gemma2"}, r"LlamaForCausalLM.*model_type = 'gemma2' are two"),
+        (
+            {"model_type": "granite", "residual_multiplier": 0.5},
+            r"LlamaForCausalLM.*model_type = 'granite' are two",
+        ),
         ({"rope_theta": -1.0}, r"rope_theta = -1.0"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5"),
         ({"num_attention_heads": 5}, r"num_attention_heads = 5"),
@@ -132,6 +149,46 @@ def test_architecture_from_model_type():
 def test_refused_by_field_name(fields, message):
     with pytest.raises(ConfigError, match=message):
         read(**fields)
+
+
+def test_names_of_two_architectures_that_are_one_model():
+    """Llama and Mistral without a window compute the same from the same tensors; Yi is no name of ours."""
+    fields = {"max_position_embeddings": 128, "sliding_window": None}
+    assert read(model_type="mistral", **fields) == read(**fields)
+    assert read(model_type="Yi") == read()
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"final_logit_softcapping": 5.0}, "final_logit_softcapping = 5.0"),
+        ({"residual_multiplier": 0.5}, "residual_multiplier = 0.5"),
+        ({"residual_multiplier": 1.0, "use_qk_norm": False, "attention_multiplier": None}, ""),
+        ({"rope_scaling": {"type": "default", "factor": 4.0}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0, "other": 3}}, "other"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, ""),
+    ],
+)
+def test_settings_that_nobody_computes_are_said(fields, warned, caplog):
+    """transformers reads none of them for these models: they load, with a word."""
+    plain = read()
+    caplog.clear()
+    assert read(**fields).rope.inv_freq(64).tolist() == plain.rope.inv_freq(64).tolist()
+    assert [warned in record.getMessage() for record in caplog.records] == [True] * bool(warned)
+
+
+def test_zero_mscales_say_nothing():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    zero = read(rope_scaling={**yarn, "mscale": 1.0, "mscale_all_dim": 0})
+    assert zero.rope == read(rope_scaling=yarn).rope
+
+
+def test_gemma3_caps_no_scores(caplog):
+    """As in transformers: the field is in its configuration and no layer reads it."""
+    fields = {"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 30.0}
+    found = read(**fields, attn_logit_softcapping=50.0)
+    assert (found.score_softcap, found.logit_softcap) == (None, 30.0)
+    assert "attn_logit_softcapping = 50.0" in caplog.text
 
 
 def test_draft_head_configuration_is_accepted():

@@ -52,6 +52,7 @@ class GGUFArchitecture:
         partial: a part of the channels may be rotated.
         window: a sliding window means something.
         epsilon: key of the norms' epsilon.
+        scales: keys of factors and softcaps that this architecture computes.
     """
 
     model: str
@@ -61,10 +62,14 @@ class GGUFArchitecture:
     partial: bool = False
     window: bool = False
     epsilon: str = "attention.layer_norm_rms_epsilon"
+    scales: tuple[str, ...] = ()
 
 
 _QKV = {"attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 _GATE_UP = {"ffn_up": ("mlp.gate_proj", "mlp.up_proj")}
+
+
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def _rotary_fraction(get: Get) -> Fields:
@@ -142,7 +147,12 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "phi3": GGUFArchitecture(
         model="Phi3ForCausalLM", fields=_phi3, fused=_QKV | _GATE_UP, partial=True, window=True
     ),
-    "granite": GGUFArchitecture(model="GraniteForCausalLM", fields=_granite, permuted=True),
+    "granite": GGUFArchitecture(
+        model="GraniteForCausalLM",
+        fields=_granite,
+        permuted=True,
+        scales=("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
+    ),
     "olmo2": GGUFArchitecture(model="Olmo2ForCausalLM"),
     "smollm3": GGUFArchitecture(
         model="SmolLM3ForCausalLM",
@@ -150,9 +160,14 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
         permuted=True,
     ),
     "gemma2": GGUFArchitecture(
-        model="Gemma2ForCausalLM", fields=lambda get: _gemma(get, largest=46), window=True
+        model="Gemma2ForCausalLM",
+        fields=lambda get: _gemma(get, largest=46),
+        window=True,
+        scales=_SOFTCAPS,
     ),
-    "gemma3": GGUFArchitecture(model="Gemma3ForCausalLM", fields=_gemma3, window=True),
+    "gemma3": GGUFArchitecture(
+        model="Gemma3ForCausalLM", fields=_gemma3, window=True, scales=_SOFTCAPS
+    ),
     "gpt2": GGUFArchitecture(
         model="GPT2LMHeadModel",
         fields=_gpt2,

@@ -116,6 +116,24 @@ _BIAS_GROUPS = (
 )
 
 
+# What llama.cpp computes of keys that change the model; each with the values under which they change nothing.
+_NEUTRAL: dict[str, tuple] = {
+    "attention.causal": (None, True),
+    "attention.clamp_kqv": (None, 0),
+    "attention.max_alibi_bias": (None, 0),
+    "attention.scale": (None, 0),
+    "attn_logit_softcapping": (None, 0),
+    "embedding_scale": (None, 0, 1),
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 0, 1),
+    "residual_scale": (None, 0, 1),
+    "rope.scaling.yarn_attn_factor": (None, 1),
+    "rope.scaling.yarn_ext_factor": (None, 1),
+    "rope.scaling.yarn_log_multiplier": (None, 0),
+    "use_parallel_residual": (None, False),
+}
+
+
 class _Metadata:
     """Keys below the architecture's name."""
 
@@ -131,6 +149,9 @@ class _Metadata:
         self._refuse("expert_count", (None, 0), "mixtures of experts")
         if not self.declared.window:
             self._refuse("attention.sliding_window", (None, 0), "sliding windows")
+        for key, neutral in _NEUTRAL.items():
+            if key not in self.declared.scales:
+                self._refuse(key, neutral, f"this setting of {self.declared.model}")
 
     @property
     def architecture(self) -> str:

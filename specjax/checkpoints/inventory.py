@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from specjax.checkpoints.names import Names
 from specjax.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ _OTHER_MODELS = re.compile(
 )
 _ZERO_IS_NOTHING = re.compile(r".*(bias|zero_point|szeros)")
 _LAYER = re.compile(r"(?:blk|(?:\w+\.)*(?:layers|h))\.(\d+)\.")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
 
 
 def unread(checkpoint) -> tuple[str, ...]:
@@ -34,7 +35,13 @@ def unread(checkpoint) -> tuple[str, ...]:
         checkpoint: one of `open_checkpoint`, after a model was built of it.
     """
     source = _source(checkpoint)
-    return tuple(name for name in source.unread() if not _says_nothing(source, name))
+    names = Names(checkpoint.config, source.names())
+    head, embedding = f"{names(_HEAD)}.weight", names(_EMBEDDING)
+    return tuple(
+        name
+        for name in source.unread()
+        if not _says_nothing(source, name) and not (name == head and _same(source, head, embedding))
+    )
 
 
 def check(checkpoint) -> None:
@@ -98,12 +105,12 @@ def _says_nothing(source, name: str) -> bool:
         return True
     if _ZERO_IS_NOTHING.fullmatch(name):
         return not np.any(source.read(name))
-    if name == _HEAD and _EMBEDDING in source.names():
-        return _same(source, _HEAD, _EMBEDDING)
     return False
 
 
 def _same(source, name: str, other: str) -> bool:
+    if not hasattr(source, "read") or other not in source.names():
+        return False
     if source.shape(name) != source.shape(other):
         return False
     return np.array_equal(*(source.read(n).astype(np.float32) for n in (name, other)))

@@ -66,7 +66,11 @@ class Names:
 
     def __call__(self, name: str) -> str:
         """The name in the file of a parameter, or the prefix of a linear."""
-        return self._rooted(self.layout.stored(name), self._root)
+        plain = self.layout.stored(name)
+        # Vision models have their head in the language model or beside it.
+        if plain.partition(".")[0] == "lm_head" and self.has_linear("lm_head"):
+            return plain
+        return self._rooted(plain, self._root)
 
     def has_linear(self, prefix: str) -> bool:
         """Whether any tensor of a linear is stored, by the linear's prefix in the file."""
@@ -113,6 +117,10 @@ class Names:
             found += _NORMS[2:4]
         return (*found, *(_NORMS[4:] if config.qk_norm is not None else ()))
 
+    def knows(self, name: str) -> bool:
+        """Whether a tensor, by its name in the file, is one that the model may have."""
+        return name.rpartition(".")[0] in self._known
+
     def unread(self) -> list[str]:
         """Tensors that the model has no use for, without buffers, sorted."""
         layers = re.escape(self("model.layers.0.")[: -len("0.")])
@@ -121,7 +129,7 @@ class Names:
         return sorted(
             name
             for name in self.stored
-            if name.rpartition(".")[0] not in self._known
+            if not self.knows(name)
             and not skipped.fullmatch(name)
             and not (self._config.depth is not None and router.fullmatch(name))
         )

@@ -15,6 +15,7 @@ from specjax.checkpoints.names import Names
 from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.files.base import TensorSource
+from specjax.files.source import RecordedSource
 
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
 _PROJECTIONS = {
@@ -36,9 +37,13 @@ def settled(
     """The configuration with what is stored: tied heads, biases; refuses tensors that nothing would read.
 
     Raises:
-        CheckpointError: a tensor of the model is missing in some layers, or is there and has no place in it.
+        CheckpointError: a tensor of the model is missing in some layers or from the file that an index states, or it
+            is there and has no place in the model.
     """
     names = Names(config, source.names())
+    if isinstance(source, RecordedSource):
+        tied = {f"{names(_HEAD)}.weight"} if config.tie_word_embeddings else ()
+        source.check_held(lambda name: names.knows(name) and name not in tied)
     _check_unread(path, config, names)
     config = _with_head(path, config, hf_config, source, names)
     return _with_biases(path, config, source, names)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from specjax.config import architectures
 from specjax.config import fields as read
-from specjax.config.architectures import Architecture
+from specjax.config.architectures import Architecture, parts
 from specjax.config.depth import DepthConfig
 from specjax.config.rope import RopeConfig, check_rope
 from specjax.errors import ConfigError
@@ -195,6 +195,10 @@ class ModelConfig:
             **settings,
         )
         found._check_ropes()
+        parts.foreign(fields, declared.name)
+        other = architectures.by_model_type(config)
+        if other is not None and other is not declared:
+            _check_same(found, other, config)
         return found
 
     def _check_ropes(self) -> None:
@@ -289,6 +293,27 @@ class ModelConfig:
             case "Qwen2ForCausalLM":
                 fields |= {"use_sliding_window": False}
         return fields
+
+
+def _check_same(found: ModelConfig, other: Architecture, config: dict[str, Any]) -> None:
+    """Refuses two names of architectures that are not the same model: frameworks follow one or the other."""
+    try:
+        as_other = ModelConfig.from_hf({**config, "architectures": [other.name]})
+    except ConfigError:
+        as_other = None
+    same = as_other is not None and found.declaration.layout == other.layout
+    if not same or _comparable(as_other) != _comparable(found):
+        raise ConfigError(
+            f"architectures = {config.get('architectures')!r} and model_type = {config.get('model_type')!r} are two "
+            "architectures: correct the one that is wrong"
+        )
+
+
+def _comparable(config: ModelConfig) -> tuple[ModelConfig, tuple[LayerKind, ...]]:
+    """What a configuration computes, without the architecture's name and token ids."""
+    kinds = tuple(config.layer_kind(index) for index in range(config.num_layers))
+    named = dict(architecture="", bos_token_id=None, eos_token_ids=())
+    return dataclasses.replace(config, windows=(), rotary=(), layer_scales=(), **named), kinds
 
 
 def _language_model(config: dict[str, Any]) -> dict[str, Any]:

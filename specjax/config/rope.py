@@ -4,6 +4,7 @@ transformers 4 wrote `rope_theta` and `rope_scaling`, transformers 5 writes `rop
 `rope_scaling` wins, as in transformers 5 (`rope_scaling or rope_parameters`).
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from jaxtyping import Float32
 
 from specjax.config import fields as read
 from specjax.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -218,9 +221,29 @@ def read_rope(
     if share > 1 or (share != 1 and not partial):
         raise ConfigError(f"partial_rotary_factor = {share!r} is not supported (only 1)")
     shape = dict(theta=theta, kind=kind, rotary_fraction=share, interleaved=interleaved)
+    _check_keys(name, stated, kind)
     if kind == "default":
         return RopeConfig(**shape)
     return RopeConfig(**shape, **_SCALINGS[kind](name, stated, config))
+
+
+def _check_keys(name: str, stated: dict[str, Any], kind: str) -> None:
+    """Refuses what other libraries compute from the object and transformers does not; warns of what is not read."""
+    typed = "rope_type" in stated or "type" in stated
+    if not typed and stated.get("factor") not in (None, 1):
+        raise ConfigError(
+            f"{name} has factor = {stated['factor']!r} and no rope_type: state one of {', '.join(KINDS)}"
+        )
+    for key, nothing in _OF_OTHERS.items():
+        if stated.get(key) not in (None, nothing):
+            raise ConfigError(
+                f"{name}.{key} = {stated[key]!r} is not supported for rope_type = {kind!r}: remove it if the model was "
+                "trained without it"
+            )
+    known = {*_COMMON_KEYS, *_KEYS[kind], *_OF_OTHERS}
+    unread = sorted(key for key in stated if key not in known and stated[key] is not None)
+    if unread:
+        _log.warning("%s has %s, which rope_type = %r does not read", name, ", ".join(unread), kind)
 
 
 def _factor(name, stated, config) -> dict[str, Any]:
@@ -275,7 +298,8 @@ def _yarn(name, stated, config) -> dict[str, Any]:
     def scale(multiplier: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
-    scales = [read.number(stated, key) for key in ("mscale", "mscale_all_dim")]
+    # Zero says nothing, as in transformers; DeepSeek's files have it.
+    scales = [read.number(stated, key) if stated.get(key) else None for key in _MSCALES]
     attention = scale(scales[0]) / scale(scales[1]) if all(scales) else scale(1.0)
     return {
         "factor": factor,
@@ -285,6 +309,9 @@ def _yarn(name, stated, config) -> dict[str, Any]:
         "beta_slow": read.number(stated, "beta_slow", 1.0),
         "truncate": read.flag(stated, "truncate", True),
     }
+
+
+_MSCALES = ("mscale", "mscale_all_dim")
 
 
 def _longrope(name, stated, config) -> dict[str, Any]:
@@ -304,6 +331,19 @@ def _longrope(name, stated, config) -> dict[str, Any]:
     }
 
 
+_OF_OTHERS = {"alpha": None, "extrapolation_factor": 1, "attn_factor": 1}
+_COMMON_KEYS = (
+    *("type", "rope_type", "rope_theta", "partial_rotary_factor", _ORIGINAL_FIELD),
+    *("finetuned", "mrope_section"),  # of all tokens of a text the three positions are the same
+)
+_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", *_MSCALES),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
+}
 _SCALINGS = {
     "linear": _factor,
     "dynamic": _dynamic,

@@ -1,7 +1,7 @@
 """The weights of a folder, whatever its files are: one file, shards with an index, zip pickles, Orbax."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,12 @@ class RecordedSource:
         self._read.add(name)
         return self._source.read(name)
 
+    def check_held(self, needed: Callable[[str], bool]) -> None:
+        """Raises CheckpointError for the first tensor that an index states, no file holds, and is `needed`."""
+        for name in getattr(self._source, "absent", ()):
+            if needed(name):
+                self._source.shape(name)  # raises, with the file
+
     def forget(self) -> None:
         """Lets nothing count as read: what was read so far was only looked at."""
         self._read.clear()
@@ -51,6 +57,9 @@ class ShardedSource:
         stated: which file an index puts a tensor in; it decides where several have it. A tensor that none has is an
             error only when it is read: indices keep names that nobody needs.
 
+    Attributes:
+        absent: tensors that the index puts in a file and no file holds.
+
     Raises:
         CheckpointError: two files have a tensor, and nothing says which one is meant.
     """
@@ -67,10 +76,11 @@ class ShardedSource:
         self._files = {
             name: shards[self._chosen(name, files)] for name, files in held.items() if files
         }
-        absent = [name for name, files in held.items() if not files]
-        if absent:
+        self.absent = tuple(name for name, files in held.items() if not files)
+        if self.absent:
             _log.warning(
-                "%s names %d tensors that no file holds (%s)", path, len(absent), _some(absent)
+                "%s names %d tensors that no file holds (%s)",
+                *(path, len(self.absent), _some(self.absent)),
             )
 
     def names(self) -> Sequence[str]:
@@ -97,6 +107,10 @@ class ShardedSource:
             return self._files[name]
         if name in self._stated:
             file = self.path.parent / self._stated[name]
+            if not file.is_file():
+                raise CheckpointError(
+                    f"shard {file.name} is missing: {self.path} puts {name} there"
+                )
             raise CheckpointError(f"{name} is missing from {file} ({self.path.name})")
         raise CheckpointError(f"{name} is missing from {self.path}")
 
@@ -105,7 +119,8 @@ def open_index(index: Path) -> ShardedSource:
     """Opens the files listed in an index {"weight_map": {tensor: file}}.
 
     Raises:
-        CheckpointError: the index is malformed, or a file that it lists is missing or malformed.
+        CheckpointError: the index is malformed, or a file that it lists. One that is missing is an error where a tensor
+            of it is read.
     """
     weight_map = base.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -116,9 +131,7 @@ def open_index(index: Path) -> ShardedSource:
             raise CheckpointError(
                 f"{index}: weight_map[{name}] = {file!r} is not a file name inside its folder"
             )
-        if file not in shards:
-            if not (index.parent / file).is_file():
-                raise CheckpointError(f"shard {file} is missing: {index} puts {name} there")
+        if file not in shards and (index.parent / file).is_file():
             shards[file] = open_file(index.parent / file)
     return ShardedSource(index, shards, weight_map)
 

@@ -365,12 +365,27 @@ def test_linear_rope_scaling(tmp_path):
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.attention.head_count_kv": 3}, r"num_key_value_heads = 3"),
         ({"llama.attention.head_count_kv": [2, 2]}, r"num_key_value_heads = \[2, 2\]"),
+        ({"llama.logit_scale": 8.0}, r"llama\.logit_scale = 8\.0: this setting of LlamaFor"),
+        ({"llama.attention.causal": False}, r"llama\.attention\.causal = False"),
+        ({"llama.final_logit_softcapping": 5.0}, r"llama\.final_logit_softcapping = 5\.0"),
+        ({"llama.attention.max_alibi_bias": 8.0}, r"llama\.attention\.max_alibi_bias = 8\.0"),
     ],
 )
 def test_refused_metadata(tmp_path, change, message):
     metadata = {k: v for k, v in (METADATA | change).items() if v is not None}
     with pytest.raises(ConfigError, match=message):
         gguf.open_file(write(tmp_path / "m.gguf", metadata, tensors()))
+
+
+def test_settings_that_change_nothing_are_no_obstacle(tmp_path):
+    neutral = {
+        "llama.logit_scale": 1.0,
+        "llama.attention.causal": True,
+        "llama.attention.scale": 0.0,
+    }
+    file = write(tmp_path / "m.gguf", METADATA | neutral, tensors())
+    plain = write(tmp_path / "plain.gguf", METADATA, tensors())
+    assert gguf.open_file(file).config == gguf.open_file(plain).config
 
 
 def test_unknown_tensor_is_refused(tmp_path):

@@ -1,10 +1,12 @@
 """What is stored and not read: parts that a configuration leaves out are found, buffers are not."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import specjax
 from specjax import checkpoints
@@ -13,8 +15,8 @@ from specjax.config import ModelConfig
 from specjax.errors import CheckpointError
 from specjax.models import llama
 from specjax.quantize import selfcheck
-from tests import fuzz_bases
-from tests.checkpoints import test_hf
+from tests import fuzz_bases, paths
+from tests.checkpoints import folders, test_hf
 
 
 def opened(path, weights, **fields):
@@ -122,3 +124,18 @@ def test_medusa_heads_are_counted_in_the_file(tmp_path, fields, caplog):
 def test_medusa_without_counts(tmp_path, caplog):
     found = medusa(tmp_path / "m", remove=("medusa_num_heads", "medusa_num_layers"))
     assert len(found.heads) == 2 and not caplog.text
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_under_the_names_of_its_architecture(tmp_path, same):
+    """GPT-2's embedding is `transformer.wte`: a head that repeats it is no part that was dropped."""
+    source = paths.require("architectures/gpt2")
+    weights = folders.read_all(source / "model.safetensors")
+    head = weights["transformer.wte.weight"]
+    weights["lm_head.weight"] = head if same else head[::-1].copy()
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    checkpoint = checkpoints.open_checkpoint(tmp_path)
+    assert checkpoint.config.tie_word_embeddings is same
+    llama.build(checkpoint, jnp.float32)
+    assert inventory.unread(checkpoint) == ()

@@ -41,6 +41,14 @@ def test_tied_configuration_with_the_same_head_is_tied(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("head", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_head_beside_the_language_model_or_in_it(tmp_path, head):
+    weights = {f"language_model.{name}": value for name, value in tensors().items()}
+    weights[head] = weights.pop("language_model.lm_head.weight")
+    model = llama.build(opened(folder(tmp_path, weights, tie_word_embeddings=True)), jnp.float32)
+    np.testing.assert_array_equal(model.lm_head.weight[...], weights[head])
+
+
 def test_no_head_stored(tmp_path, caplog):
     weights = tensors()
     del weights["lm_head.weight"]
@@ -48,6 +56,36 @@ def test_no_head_stored(tmp_path, caplog):
     assert said(caplog, "lm_head.weight is stored")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing .* = false"):
         opened(folder(tmp_path, weights, tie_word_embeddings=False))
+
+
+def indexed(tmp_path, absent, **fields):
+    """A folder whose index puts one more tensor in a shard that is not there."""
+    weights = tensors()
+    weights.pop(absent, None)
+    path = folder(tmp_path, weights, **fields)
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    shards = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    shards[absent] = "model-00002-of-00002.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "absent", ["lm_head.weight", "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"]
+)
+def test_a_shard_that_holds_a_part_of_the_model_is_missing(tmp_path, absent):
+    """Nothing else may stand in for it: neither the embedding for the head, nor nothing for a bias."""
+    path = indexed(tmp_path, absent)
+    with pytest.raises(CheckpointError, match=rf"shard model-00002\S* is missing: .* {absent}"):
+        opened(path)
+
+
+def test_a_missing_shard_that_nobody_needs_is_no_loss(tmp_path, caplog):
+    (tmp_path / "tied").mkdir()
+    llama.build(opened(indexed(tmp_path, "model.layers.7.mtp.weight")), jnp.float32)
+    assert said(caplog, "1 tensors that no file holds", "mtp")
+    tied = indexed(tmp_path / "tied", "lm_head.weight", tie_word_embeddings=True)
+    assert opened(tied).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(

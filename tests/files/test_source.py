@@ -186,8 +186,13 @@ def test_shards(tmp_path):
 def test_missing_shard_is_named(tmp_path):
     shard(tmp_path, a="m-1.safetensors", b="m-2.safetensors")
     (tmp_path / "m-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"shard m-2\.safetensors is missing.* puts b there"):
-        source.open_source(tmp_path)
+    opened = source.open_source(tmp_path)
+    opened.check_held(lambda name: name == "c")
+    for look in (opened.read, lambda name: opened.check_held(lambda needed: needed == name)):
+        with pytest.raises(
+            CheckpointError, match=r"shard m-2\.safetensors is missing.* puts b there"
+        ):
+            look("b")
 
 
 def test_an_entry_that_no_shard_holds_is_an_error_when_it_is_read(tmp_path, caplog):

@@ -51,4 +51,10 @@ def lookup(config: dict[str, Any]) -> Architecture:
     return _BY_TYPE[model_type]
 
 
-__all__ = ["ARCHITECTURES", "FUSED", "Architecture", "Layout", "lookup"]
+def by_model_type(config: dict[str, Any]) -> Architecture | None:
+    """The architecture of the field `model_type`, None where it names none of them."""
+    model_type = config.get("model_type")
+    return _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+
+
+__all__ = ["ARCHITECTURES", "FUSED", "Architecture", "Layout", "by_model_type", "lookup"]

@@ -6,6 +6,7 @@ from specjax.config import fields as read
 from specjax.config import rope as ropes
 from specjax.config.architectures import gemma2, parts
 from specjax.config.architectures.base import Architecture, Settings
+from specjax.errors import ConfigError
 
 
 def _ropes(config: Settings) -> Settings:
@@ -13,7 +14,9 @@ def _ropes(config: Settings) -> Settings:
     scaling = read.mapping("rope_scaling", config.get("rope_scaling"))
     nested = read.mapping("rope_parameters", config.get("rope_parameters"))
     if nested and parts.FULL not in nested and parts.SLIDING not in nested:
-        nested = {parts.FULL: nested}
+        raise ConfigError(
+            f"rope_parameters = {nested!r}: expected an object for each of {parts.FULL} and {parts.SLIDING}"
+        )
     found: dict[str, Any] = {}
     for kind, field, theta in (
         (parts.FULL, "rope_theta", 1e6),
@@ -30,6 +33,7 @@ def _ropes(config: Settings) -> Settings:
 
 
 def _settings(config: Settings) -> Settings:
+    parts.ignored(config, "attn_logit_softcapping", why="transformers and llama.cpp cap no scores")
     count, window = (
         read.size(config, "num_hidden_layers"),
         read.size(config, "sliding_window", 4096),
@@ -44,7 +48,6 @@ def _settings(config: Settings) -> Settings:
             "windows": windows,
             "rotary": tuple(0 if window is None else 1 for window in windows),
             "qk_norm": "head",
-            "score_softcap": gemma2.softcap(config, "attn_logit_softcapping", None),
             "logit_softcap": gemma2.softcap(config, "final_logit_softcapping", None),
         }
     )

@@ -1,5 +1,6 @@
 """What declarations of architectures share."""
 
+import logging
 from typing import Any
 
 from specjax.config import fields as read
@@ -17,6 +18,8 @@ _ACTIVATIONS = {
     "gelu_accurate": "gelu_tanh",
     "relu": "relu",
 }
+_log = logging.getLogger(__name__)
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -41,6 +44,43 @@ def refuse(config: dict[str, Any], *names: str, why: str) -> None:
     for name in names:
         if config.get(name):
             raise ConfigError(f"{name} = {config[name]!r} is not supported ({why})")
+
+
+def ignored(config: dict[str, Any], name: str, *, neutral: Any = None, why: str) -> None:
+    """Warns of a setting that the architecture's own implementation does not read either."""
+    value = config.get(name)
+    if value is not None and value is not False and value != neutral:
+        _log.warning(
+            "%s = %r is not computed for model type %r: %s",
+            *(name, value, config.get("model_type"), why),
+        )
+
+
+_GRANITE, _GEMMA2, _GEMMA3 = "GraniteForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+# Settings that only some architectures compute, with what they are where they do nothing.
+_FOREIGN: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "embedding_multiplier": (1, (_GRANITE,)),
+    "residual_multiplier": (1, (_GRANITE,)),
+    "attention_multiplier": (None, (_GRANITE,)),
+    "logits_scaling": (1, (_GRANITE,)),
+    "attn_logit_softcapping": (None, (_GEMMA2, _GEMMA3)),
+    "final_logit_softcapping": (None, (_GEMMA2, _GEMMA3)),
+    "query_pre_attn_scalar": (None, (_GEMMA2, _GEMMA3)),
+    "scale_emb": (1, ()),
+    "scale_depth": (None, ()),
+    "logit_scale": (1, ()),
+    "clip_qkv": (None, ()),
+    "use_qk_norm": (False, ()),
+    "qk_layernorm": (False, ()),
+    "alibi": (False, ()),
+}
+
+
+def foreign(config: dict[str, Any], architecture: str) -> None:
+    """Warns of settings that other architectures compute and this one does not, as in transformers."""
+    for name, (neutral, owners) in _FOREIGN.items():
+        if architecture not in owners:
+            ignored(config, name, neutral=neutral, why=f"{architecture} has no such setting")
 
 
 def no_windows(config: dict[str, Any]) -> None:
