@@ -12,6 +12,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
+import specjax
 from tests import layers, paths, resume
 
 ROOT = paths.REPOSITORY
@@ -178,6 +179,10 @@ def test_every_dependency_is_pinned_within_its_bounds():
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name]), text
     assert not [name for name in pins if name in ("torch", "triton") or name.startswith("nvidia")]
+
+
+def test_the_version_is_the_one_that_is_installed():
+    assert specjax.__version__ == PROJECT["version"]
 
 
 def test_the_developers_python_is_one_that_is_supported():
