@@ -6,6 +6,7 @@ from specjax.errors import CapacityError, CheckpointError, ConfigError, SpecjaxE
 from specjax.language_model import GenerationResult, LanguageModel, Options, StreamEvent, load
 from specjax.scoring import Perplexity, perplexity
 from specjax.scoring import logits as score
+from specjax.version import __version__
 
 __all__ = [
     "CapacityError",
@@ -19,10 +20,10 @@ __all__ = [
     "Perplexity",
     "SpecjaxError",
     "StreamEvent",
+    "__version__",
     "convert",
     "convert_head",
     "load",
     "perplexity",
     "score",
 ]
-__version__ = "0.1.0"

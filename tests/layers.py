@@ -14,6 +14,7 @@ from tests import paths
 PACKAGE = "specjax"
 LAYERS = (
     ("errors", "an error says field, value found, what is supported, what to do"),
+    ("version", "the version of this package"),
     ("shapes", "the letters of shape annotations"),
     ("config", "what a model states about itself"),
     ("files", "named tensors in files, read one at a time, written whole; names and downloads"),

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-import specjax
 from specjax.errors import CheckpointError
+from specjax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib")
 
@@ -18,7 +18,7 @@ _PACKAGES = ("jax", "jaxlib")
 def versions() -> dict[str, str]:
     """What an executable and the process that loads it must have in common."""
     # This package may be a folder that was copied there, of which no installer knows.
-    return {name: metadata.version(name) for name in _PACKAGES} | {"specjax": specjax.__version__}
+    return {name: metadata.version(name) for name in _PACKAGES} | {"specjax": __version__}
 
 
 def save(compiled: Any, path: Path, *, target: str) -> dict[str, Any]:
