@@ -1,3 +1,3 @@
-"""The version of this package: known without an installer, where a copy of the folder runs."""
+"""The version of this package, also where it is a folder that no installer knows."""
 
 __version__ = "0.1.0"

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import specjax
 from experiments import aot_compile
 from specjax.aot import compile as aot
 from specjax.aot import executable, kernels, programs, shapes, topology
@@ -115,6 +117,19 @@ def test_bad_flags(run, tmp_path):
 def test_a_process_that_fails_says_where_to_look(tmp_path):
     with pytest.raises(Exception, match=r"compile\.log"):
         aot.in_process("specjax.aot.no_such_module:run", "h200", tmp_path, {})
+
+
+def test_versions_need_no_installed_package(monkeypatch):
+    """A machine with a GPU may have a copy of this folder only."""
+    installed = metadata.version
+
+    def version(name):
+        if name == "specjax":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert executable.versions()["specjax"] == specjax.__version__
 
 
 def test_executables_of_other_machines_are_refused(tmp_path):

@@ -59,11 +59,14 @@ def test_residual_norm(interpret, rows, parts):
     close(normed, wanted[1][0], 4e-3)
 
 
-def test_rotate_and_write(interpret):
+@pytest.mark.parametrize(
+    "last", [29, 30]
+)  # all rows fit; the last one would be the next head's first
+def test_rotate_and_write(interpret, last):
     batch, nodes, heads, kv_heads, channels, capacity = 2, 3, 4, 2, 128, 32
     width = (heads + 2 * kv_heads) * channels
     sums = normal(0, 2, 8, width + 128)
-    start = jnp.asarray([5, 29], jnp.int32)
+    start = jnp.asarray([5, last], jnp.int32)
     caches = [normal(i, batch, kv_heads, capacity, channels, dtype=jnp.bfloat16) for i in (1, 2)]
     config = tiny.config(num_heads=heads, num_kv_heads=kv_heads, head_dim=channels)
     positions = start[:, None] + jnp.arange(nodes)
@@ -81,9 +84,26 @@ def test_rotate_and_write(interpret):
     packed = q.reshape(batch, nodes, kv_heads, heads // kv_heads, channels)
     packed = packed.swapaxes(1, 2).reshape(batch, kv_heads, -1, channels)
     close(got[0][:, :, : packed.shape[2]], packed, 4e-3)
-    close(got[1], kv.write_rows(caches[0], k.swapaxes(1, 2), start), 4e-3)
-    wanted = kv.write_rows(caches[1], split[2].swapaxes(1, 2), start)
+    assert not np.any(np.asarray(got[0][:, :, packed.shape[2] :], np.float32))
+    close(got[1], written(caches[0], k, start), 4e-3)
+    wanted = written(caches[1], split[2], start)
     np.testing.assert_array_equal(np.asarray(got[2]), np.asarray(wanted))
+
+
+def written(cache, rows, start):
+    """The cache [B, K, S, C] with rows [B, T, K, C]; those beyond its slots are dropped."""
+    slots = start[:, None] + jnp.arange(rows.shape[1])
+    batch = jnp.arange(len(start))[:, None]
+    return cache.at[batch, :, slots].set(rows, mode="drop")
+
+
+def test_no_row_is_moved_beyond_the_slots_or_from_there(interpret):
+    caches = [normal(i, 1, 2, 40, 128, dtype=jnp.bfloat16) for i in range(2)]
+    start, path = jnp.asarray([37], jnp.int32), jnp.asarray([[0, 2, 3, 1]], jnp.int32)
+    got = kernels.move_rows(caches, start, path, interpret=interpret)
+    for mine, before in zip(got, caches, strict=True):
+        wanted = before.at[:, :, 38].set(before[:, :, 39])
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(wanted))
 
 
 def test_move_rows(interpret):

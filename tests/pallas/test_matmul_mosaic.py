@@ -174,6 +174,29 @@ def test_a_token_is_rounded_alike_alone_and_in_a_tree():
     np.testing.assert_array_equal(alone[0], among[0])
 
 
+def test_parts_sum_groups_as_products_do(monkeypatch):
+    """In an order that does not depend on the rows: the sums of both come from one function."""
+    packing = packed.pack(draw.make(lookup("w4a16-asym"), 64, 384, 128), 16)
+    x, seen = rows_of(9, 384, jnp.float16), []
+
+    def partial_sums(plan, inputs, **kwargs):
+        seen.append(np.asarray(inputs["sums"]))
+        return jnp.zeros((plan.config.splits, plan.rows, 128), plan.out_dtype)
+
+    monkeypatch.setattr(mosaic.wgmma, "partial_sums", partial_sums)
+    for run in (mosaic.matmul, mosaic.float_parts):
+        for rows in (x, x[:1]):
+            run(rows, packing, arch=HOPPER)
+    product, alone, parts, parts_alone = seen
+    np.testing.assert_array_equal(parts, product)
+    np.testing.assert_array_equal(parts_alone, alone)
+    np.testing.assert_array_equal(parts_alone[:, 0], parts[:, 0])
+    groups = np.asarray(x[0], np.float32).reshape(3, 128)
+    while groups.shape[1] > 1:
+        groups = groups[:, : groups.shape[1] // 2] + groups[:, groups.shape[1] // 2 :]
+    np.testing.assert_array_equal(parts[:, 0], groups[:, 0])
+
+
 @pytest.mark.parametrize("rows", [9, *slowly(1, 33, 50)])
 def test_w4a8_rows(rows):
     check_integer(draw.make(lookup("w4a8"), 128, 256, 256), rows)

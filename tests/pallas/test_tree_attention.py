@@ -206,3 +206,16 @@ def test_refusals():
     with device.targeting(other):
         assert "sm_100" in device.unsupported()
     assert "no NVIDIA GPU" in device.unsupported()
+
+
+@pytest.mark.parametrize("width", [8, None])
+def test_no_block_behind_the_cache_is_read(width):
+    """Where nodes are padded beyond the slots: the next block is the next head's."""
+    tiles = config.Config(block=64, stages=2, splits=1)
+    layout = frame.Layout(nodes=8, group=4, width=width, config=tiles)
+    bounds = jnp.int32(252), jnp.int32(252)
+    blocks = [
+        int(frame.block_range(layout, bounds, jnp.int32(0), jnp.int32(0), capacity)[0])
+        for capacity in (256, 320)
+    ]
+    assert blocks == [4, 5]

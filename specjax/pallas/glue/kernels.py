@@ -64,11 +64,12 @@ def rotate_and_write(
         keys, values: caches [B, K, S, C]; slots start[b] + t are written.
         num_rows: rows of the packed queries.
     Returns:
-        queries [B, K, num_rows, C], row t * (H / K) + g, junk behind; keys and values (in place).
+        queries [B, K, num_rows, C], row t * (H / K) + g, zeros behind; keys and values (in place). What would lie
+        beyond the cache's slots is dropped.
     """
-    batch, kv_heads, _, channels = keys.shape
+    batch, kv_heads, capacity, channels = keys.shape
     nodes, group, dtype = cos.shape[1], heads // kv_heads, keys.dtype
-    layout = _vector(channels)
+    layout, used = _vector(channels), cos.shape[1] * (heads // kv_heads)
 
     def body(sums_ref, cos_ref, sin_ref, start_ref, keys_ref, values_ref, q_ref, smem):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -76,7 +77,7 @@ def rotate_and_write(
         x = _added(sums_ref, row, pl.ds(head * channels, channels), layout).astype(dtype)
         slot = start_ref[sequence] + node
 
-        @pl.when(head >= heads + kv_heads)
+        @pl.when((head >= heads + kv_heads) & (slot < capacity))
         def _value():
             values_ref[sequence, head - heads - kv_heads, slot] = x
 
@@ -95,8 +96,14 @@ def rotate_and_write(
             def _query():
                 where = node * group + lax.rem(head, group)
                 q_ref[sequence, lax.div(head, group), where] = rotated
+                for spare in range(used, num_rows, used):
 
-            @pl.when(head >= heads)
+                    @pl.when(where + spare < num_rows)
+                    def _(spare=spare):
+                        empty = plgpu.layout_cast(jnp.zeros((channels,), dtype), layout)
+                        q_ref[sequence, lax.div(head, group), where + spare] = empty
+
+            @pl.when((head >= heads) & (slot < capacity))
             def _key():
                 keys_ref[sequence, head - heads, slot] = rotated
 
@@ -157,16 +164,20 @@ def combine(out, top, total, *, nodes: int, group: int, dtype, interpret=None):
 def move_rows(buffers, start, path, *, interpret=None):
     """Slot start + path[j] -> slot start + j in every buffer [B, K, S, C]; in place, all in one launch.
 
-    A thread block has one head of one buffer: it reads all rows before it writes one.
+    A thread block has one head of one buffer: it reads all rows before it writes one. Rows beyond the slots are
+    neither read (the last slot is, in their place) nor written.
     """
-    batch, kv_heads, _, channels = buffers[0].shape
+    batch, kv_heads, capacity, channels = buffers[0].shape
     length = path.shape[1]
     layout = _vector(channels)
 
     def body(start_ref, path_ref, *refs):
         index, sequence, head = (lax.axis_index(n) for n in ("buffer", "sequence", "head"))
         first = start_ref[sequence]
-        slots = [first + path_ref[sequence, j] for j in range(length)]
+        slots = [
+            jnp.minimum(first + path_ref[sequence, j], jnp.int32(capacity - 1))
+            for j in range(length)
+        ]
 
         for number, ref in enumerate(refs):
 
@@ -174,7 +185,10 @@ def move_rows(buffers, start, path, *, interpret=None):
             def _(ref=ref):
                 rows = [plgpu.load(ref.at[sequence, head, slot], layout=layout) for slot in slots]
                 for j, row in enumerate(rows):
-                    ref[sequence, head, first + j] = row
+
+                    @pl.when(first + j < capacity)
+                    def _(j=j, row=row):
+                        ref[sequence, head, first + j] = row
 
     refs = [jax.new_ref(buffer) for buffer in buffers]
     run = plgpu.kernel(

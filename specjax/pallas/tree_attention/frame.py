@@ -54,12 +54,13 @@ class Layout:
         return ROWS if rows > ROWS else -(-rows // 8) * 8
 
 
-def block_range(layout: Layout, bounds, split, tile):
+def block_range(layout: Layout, bounds, split, tile, capacity: int):
     """This split's number of blocks, how many of them need no mask, and the tile's first masked slot.
 
     Args:
         bounds: (prefix, start) of the sequence, as scalars.
         tile: index of the row tile.
+        capacity: slots of the cache; behind them lies the next head.
     """
     config = layout.config
     prefix, start = bounds
@@ -70,6 +71,7 @@ def block_range(layout: Layout, bounds, split, tile):
         total = start + jnp.minimum(last + 1, layout.nodes)
     else:
         full, total = prefix, prefix + layout.width
+    full, total = (jnp.minimum(slots, jnp.int32(capacity)) for slots in (full, total))
 
     def share(blocks):
         return jnp.maximum(lax.div(blocks - split + config.splits - 1, jnp.int32(config.splits)), 0)

@@ -22,7 +22,7 @@ def kernel(layout: frame.Layout, q, keys, values, mask, bounds):
         head, tile, split = (lax.axis_index(name) for name in ("head", "tile", "split"))
         sequence, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         prefix, start = bounds_ref[sequence, 0], bounds_ref[sequence, 1]
-        count, _ = frame.block_range(layout, (prefix, start), split, tile)
+        count, _ = frame.block_range(layout, (prefix, start), split, tile, capacity)
         rows = pl.ds(tile * ROWS, ROWS)
         dtype = q_ref.dtype
         accumulator = plgpu.Layout.MMA_ACC(dtype)

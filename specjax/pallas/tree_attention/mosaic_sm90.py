@@ -36,7 +36,7 @@ def kernel(layout: frame.Layout, q, keys, values, mask, bounds):
         warpgroup = lax.axis_index("warpgroup")
         sequence, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         prefix, start = bounds_ref[sequence, 0], bounds_ref[sequence, 1]
-        count, num_full = frame.block_range(layout, (prefix, start), split, tile)
+        count, num_full = frame.block_range(layout, (prefix, start), split, tile, keys.shape[2])
 
         @pl.when(warpgroup == groups)
         def _copy():
