@@ -225,6 +225,7 @@ def _random_model(values: flags.FlagValues) -> random_model.RandomModel:
         dtype=dtype,
         backend=values.backend,
         dequantize=values.dequantize,
+        command_buffers=values.command_buffers,
     )
 
 
@@ -241,6 +242,7 @@ def _config(values: flags.FlagValues, model: specjax.LanguageModel) -> dict[str,
         "baseline_dtype": values.baseline_dtype,
         "backend": values.backend,
         "dequantize": values.dequantize,
+        "command_buffers": values.command_buffers,
         **flags_sampling.options(values),
         "prompts_file": None if values.prompts_file is None else Path(values.prompts_file).name,
         **_random_config(values),

@@ -6,7 +6,7 @@ from specjax.errors import CapacityError, CheckpointError, ConfigError, SpecjaxE
 from specjax.language_model import GenerationResult, LanguageModel, Options, StreamEvent, load
 from specjax.scoring import Perplexity, perplexity
 from specjax.scoring import logits as score
-from specjax.version import __version__
+from specjax.version import __version__ as __version__
 
 __all__ = [
     "CapacityError",
@@ -20,7 +20,6 @@ __all__ = [
     "Perplexity",
     "SpecjaxError",
     "StreamEvent",
-    "__version__",
     "convert",
     "convert_head",
     "load",

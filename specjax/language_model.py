@@ -14,6 +14,7 @@ from specjax.engine import engine as engines
 from specjax.engine import trace as tracing
 from specjax.engine.engine import Completion, Engine, Programs, Request
 from specjax.engine.metrics import Metrics
+from specjax.engine.program import CommandBuffers
 from specjax.errors import CapacityError, ConfigError
 from specjax.loading import LoadedModel, LoadOptions
 from specjax.text import chat, special_ids, tokenizer
@@ -356,17 +357,23 @@ class LanguageModel(LoadedModel):
         )
 
 
-def load(path_or_name: str | Path, **options) -> LanguageModel:
+def load(
+    path_or_name: str | Path, *, command_buffers: CommandBuffers = "loop", **options
+) -> LanguageModel:
     """Loads a model.
 
     Args:
         path_or_name: a checkpoint directory, a .gguf file, the name of a model that ships ("smollm2-135m"), or a hub id
             "org/name".
+        command_buffers: what CUDA graphs hold on a GPU: a whole loop ("loop"), its body, or there are none ("off"); see
+            `specjax.engine.program.gpu_options`.
         **options: fields of `specjax.loading.LoadOptions`.
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: with the file, field or tensor.
     """
-    return LanguageModel(**vars(loading.load_model(path_or_name, LoadOptions(**options))))
+    programs = Programs(command_buffers)
+    loaded = loading.load_model(path_or_name, LoadOptions(**options))
+    return LanguageModel(**vars(loaded), programs=programs)
 
 
 def _as_list(prompts) -> list:

@@ -15,6 +15,7 @@ from specjax.config import DTYPES
 from specjax.depth import build as routing
 from specjax.depth import selection
 from specjax.drafters import registry
+from specjax.engine.program import COMMAND_BUFFERS
 from specjax.models.prepare import Dequantize
 from specjax.pallas import dispatch
 
@@ -71,6 +72,13 @@ def _define_execution_flags(values: flags.FlagValues) -> None:
             get_args(Dequantize),
             "When weight-only codes become dense: at load, never, or as suits the backend; fold: never, and the two "
             "levels of QQQ's group scales become one.",
+            flag_values=values,
+        )
+        flags.DEFINE_enum(
+            "command_buffers",
+            "loop",
+            COMMAND_BUFFERS,
+            "What CUDA graphs hold on a GPU: the whole decoding loop, the body of a step, or there are none (off).",
             flag_values=values,
         )
         flags.DEFINE_string(
@@ -141,6 +149,7 @@ def load_model(
         scheme=values.scheme,
         quantize=quantize,
         backend=values.backend,
+        command_buffers=values.command_buffers,
         dequantize=policy,
         chat_template=template,
         qserve_layernorm=values.qserve_layernorm,

@@ -14,6 +14,8 @@ from specjax import language_model
 from specjax.aot import shapes
 from specjax.decoding import sampling as sample
 from specjax.decoding import tree as trees
+from specjax.engine.engine import Programs
+from specjax.engine.program import CommandBuffers
 from specjax.errors import ConfigError
 from specjax.models import llama
 from specjax.models.llama import Llama
@@ -90,7 +92,14 @@ class RandomModel(language_model.LanguageModel):
 
 
 def load(
-    shape: str, *, scheme: str | None, group_size: int, dtype: str, backend: str, dequantize: str
+    shape: str,
+    *,
+    scheme: str | None,
+    group_size: int,
+    dtype: str,
+    backend: str,
+    dequantize: str,
+    command_buffers: CommandBuffers = "loop",
 ) -> RandomModel:
     """A model of a real shape, prepared layer by layer.
 
@@ -103,7 +112,8 @@ def load(
     preparation = Preparation(backend, dequantize, jnp.dtype(dtype))
     module = llama.build(checkpoint, jnp.dtype(dtype), preparation.layer)
     module = Llama(config, module.model, preparation.linear(module.lm_head))
-    return RandomModel(name=f"random:{shape}", config=config, module=module)
+    programs = Programs(command_buffers)
+    return RandomModel(name=f"random:{shape}", config=config, module=module, programs=programs)
 
 
 def prompt(length: int, vocab_size: int) -> list[int]:

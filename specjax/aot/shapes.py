@@ -12,9 +12,9 @@ from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.errors import ConfigError
 from specjax.models import eagle as eagle_model
-from specjax.models import layers, llama
+from specjax.models import llama
 from specjax.models.llama import Llama
-from specjax.models.prepare import prepare
+from specjax.models.prepare import prepare, with_backend
 from specjax.quant import scheme as schemes
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
@@ -172,7 +172,7 @@ def drafter(spec: dict[str, Any], checkpoint: ShapeCheckpoint, target: Llama) ->
         raise ConfigError(
             f"drafter {spec['kind']!r} cannot be made from a shape; supported: none, ngram, eagle"
         )
-    head = layers.with_backend(eagle_model.build(checkpoint, target.dtype), target.backend)
+    head = with_backend(eagle_model.build(checkpoint, target.dtype), target.backend)
     if options.get("vocabulary_size") is not None:
         ids = jnp.arange(options["vocabulary_size"], dtype=jnp.int32)
         head = shrink.with_vocabulary(head, target, ids)

@@ -16,7 +16,7 @@ from typing import Any
 
 from specjax.drafters.base import Drafter
 from specjax.errors import ConfigError
-from specjax.models import layers
+from specjax.models import prepare
 
 Spec = str | dict[str, Any] | Drafter
 
@@ -109,7 +109,7 @@ def build(spec: Spec, target) -> Drafter:
     builder = _module(spec["kind"]).build
     if "registry" in inspect.signature(builder).parameters:
         arguments["registry"] = sys.modules[__name__]
-    return layers.with_backend(builder(target, **arguments), target.module.backend)
+    return prepare.with_backend(builder(target, **arguments), target.module.backend)
 
 
 def needs_codes(spec: Spec) -> bool:

@@ -42,6 +42,9 @@ class Program:
 
     Unlike a plain `jax.jit` it tells how long compiling took, so that reported speeds never contain it, and how often
     it happened.
+
+    Attributes:
+        options: of the compiler, where there is a GPU.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Program:
         static: tuple[str, ...] = (),
         command_buffers: CommandBuffers = "loop",
     ):
-        self._options = gpu_options(command_buffers)
+        self.options = gpu_options(command_buffers)
         self._jitted = jax.jit(function, donate_argnames=donate, static_argnames=static)
         self._static = static
         self._compiled: dict[Any, Any] = {}
@@ -84,7 +87,7 @@ class Program:
         key = (structure, static, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             begin = time.perf_counter()
-            options = self._options if jax.default_backend() == "gpu" else None
+            options = self.options if jax.default_backend() == "gpu" else None
             self._compiled[key] = self._jitted.lower(**kwargs).compile(compiler_options=options)
             self.compile_ms += (time.perf_counter() - begin) * 1e3
             self.num_compilations += 1

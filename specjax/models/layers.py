@@ -194,15 +194,6 @@ class Attention(nnx.Module):
         return parts.product(self.o_proj, out.reshape(*x.shape[:2], -1)), keys, values
 
 
-def with_backend[Module](module: Module, backend: dispatch.Backend) -> Module:
-    """The module with its attention, and what stands around it, on `backend`; arrays are shared, not copied."""
-
-    def change(node):
-        return node.having(backend=backend) if isinstance(node, Attention) else node
-
-    return jax.tree.map(change, module, is_leaf=lambda node: isinstance(node, Attention))
-
-
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

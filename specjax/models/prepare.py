@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.errors import ConfigError
-from specjax.models.layers import DecoderLayer
+from specjax.models.layers import Attention, DecoderLayer
 from specjax.models.llama import Llama
 from specjax.pallas import device, dispatch
 from specjax.quant import packed_linear, view
@@ -101,6 +101,15 @@ class Preparation:
         if fused is not None:
             return {fused_name: self._packed(fused), **dict.fromkeys(names)}
         return {name: self._packed(part) for name, part in parts.items()}
+
+
+def with_backend[Module](module: Module, backend: dispatch.Backend) -> Module:
+    """The module with its attention, and what stands around it, on `backend`; arrays are shared, not copied."""
+
+    def change(node):
+        return node.having(backend=backend) if isinstance(node, Attention) else node
+
+    return jax.tree.map(change, module, is_leaf=lambda node: isinstance(node, Attention))
 
 
 def _map_quantized(change, module):

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import specjax
+from specjax.engine import program
 from specjax.engine.program import Program
+from specjax.errors import ConfigError
+from tests import paths
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,28 @@ def test_donated_arguments_are_used_up_and_others_are_not():
     assert np.asarray(program(state=state, x=x)).tolist() == [2.0] * 16
     assert state.is_deleted()
     assert not x.is_deleted()
+
+
+@pytest.mark.parametrize("command_buffers", program.COMMAND_BUFFERS)
+def test_what_graphs_hold_is_something_that_xla_can_read(command_buffers):
+    options = program.gpu_options(command_buffers)
+    held = options["xla_gpu_enable_command_buffer"].split(",")
+    assert ("WHILE" in held, "FUSION" in held) == {
+        "loop": (True, True),
+        "body": (False, True),
+        "off": (False, False),
+    }[command_buffers]
+    jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile(compiler_options=options)
+
+
+def test_a_model_compiles_with_the_options_that_it_was_loaded_with(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(program, "gpu_options", lambda buffers="loop": seen.append(buffers) or {})
+    scaled = Program(lambda x: x * 2, command_buffers="off")
+    assert scaled(x=jnp.ones(2)).tolist() == [2, 2] and seen == ["off"]
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"command_buffers='loops'.*loop, body, off"):
+        specjax.load(paths.fixture("tiny-fp16"), command_buffers="loops")
+    model = specjax.load(paths.fixture("tiny-fp16"), command_buffers="body")
+    assert model.programs.decode.options == program.gpu_options("body")
