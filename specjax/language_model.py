@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ from specjax.engine.metrics import Metrics
 from specjax.engine.program import CommandBuffers
 from specjax.errors import CapacityError, ConfigError
 from specjax.loading import LoadedModel, LoadOptions
-from specjax.text import chat, special_ids, tokenizer
+from specjax.text import chat, inputs, special_ids, tokenizer
+from specjax.text.inputs import Prompt
 from specjax.text.transcript import Transcript, stop_strings
 from specjax.verify import Acceptor
 
-# A user turn as text, token ids, or a row with input_ids, messages, text (raw) or prompt (user turn), in that order.
-Prompt = str | Sequence[int] | Mapping[str, Any]
-
-PROMPT_FIELDS = ("input_ids", "messages", "text", "prompt")
 STREAM_STEPS = 4
 
 
@@ -112,13 +108,20 @@ class Options:
     trace: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", stop_strings(self.stop))
+        put = lambda name, value: object.__setattr__(self, name, value)
+        put("stop", stop_strings(self.stop))
+        put("stop_token_ids", special_ids.chosen("stop_token_ids", self.stop_token_ids))
         for name in ("max_new_tokens", "batch_size", "max_length"):
             value = getattr(self, name)
-            if (value is not None or name != "max_length") and sample.whole(name, value) < 1:
+            if value is None and name == "max_length":
+                continue
+            put(name, sample.whole(name, value))
+            if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={value}: at least 1 is needed")
-        sample.whole("seed", self.seed)
-        sample.sampling(self.temperature, self.top_k, self.top_p)
+        # What follows reckons with Python's integers: NumPy's have neither their size nor their methods.
+        put("seed", sample.whole("seed", self.seed))
+        sampling = sample.sampling(self.temperature, self.top_k, self.top_p)
+        verify.acceptor(self.acceptance, sampling.greedy)
         for name in ("ignore_eos", "continue_final_message", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -170,14 +173,14 @@ class LanguageModel(LoadedModel):
         return ids
 
     def _encode_row(self, row: Mapping[str, Any], *flags) -> list[int]:
-        name = next((n for n in PROMPT_FIELDS if row.get(n) is not None), None)
+        name = next((n for n in inputs.FIELDS if row.get(n) is not None), None)
         if name is None:
             raise ConfigError(
-                f"prompt with fields {sorted(map(str, row))}: one of {', '.join(PROMPT_FIELDS)} is needed"
+                f"prompt with fields {sorted(map(str, row))}: one of {', '.join(inputs.FIELDS)} is needed"
             )
         value = row[name]
         if name == "input_ids":
-            return _token_ids(value)
+            return inputs.token_ids("input_ids", value)
         if self.tokenizer is None:
             raise ConfigError(
                 f"model {self.name!r} has no tokenizer files; pass input_ids, or add tokenizer.json"
@@ -211,7 +214,7 @@ class LanguageModel(LoadedModel):
         Args:
             prompts: a prompt or a list of prompts (see `Prompt`; a list of ints is one prompt).
             drafter: name, dict or Drafter.
-            ids: names of the requests in the results.
+            ids: names of the requests in the results, one per prompt.
             **options: fields of `Options`.
         Raises:
             ConfigError, CapacityError, CheckpointError: before anything runs.
@@ -234,13 +237,12 @@ class LanguageModel(LoadedModel):
             request_ids: number of each request's random stream; default: its index.
         """
         options = Options(**options)
-        encoded = [self._encode(prompt, options) for prompt in _as_list(prompts)]
-        numbers = range(len(encoded)) if request_ids is None else list(request_ids)
+        encoded = [self._encode(prompt, options) for prompt in inputs.as_list(prompts)]
+        names = range(len(encoded)) if ids is None else list(ids)
+        if len(names) != len(encoded):
+            raise ConfigError(f"ids: {len(names)} names for {len(encoded)} prompts")
+        numbers = inputs.numbers(request_ids, len(encoded))
         index_of = {number: index for index, number in enumerate(numbers)}
-        if len(index_of) != len(encoded) or not all(0 <= n < 2**32 for n in numbers):
-            raise ConfigError(
-                f"request_ids={request_ids!r}: {len(encoded)} different numbers below 2**32 are needed"
-            )
         requests = [
             self._request(ids_, number, options)
             for ids_, number in zip(encoded, numbers, strict=True)
@@ -256,7 +258,7 @@ class LanguageModel(LoadedModel):
             index = index_of[event.request.request_id]
             transcript = transcripts.pop(event.request.request_id)
             text = None if transcript is None else transcript.finish(event.output_ids)
-            yield index, self._result(index if ids is None else ids[index], event, text)
+            yield index, self._result(names[index], event, text)
 
     def stream(
         self, prompt: Prompt, drafter: registry.Spec = "none", **options
@@ -328,7 +330,7 @@ class LanguageModel(LoadedModel):
         sampling = sample.sampling(options.temperature, options.top_k, options.top_p)
         acceptor = verify.acceptor(options.acceptance, sampling.greedy)
         own = () if options.ignore_eos else self.stop_ids
-        chosen = special_ids.chosen(
+        chosen = special_ids.within(
             "stop_token_ids", options.stop_token_ids, self.config.vocab_size
         )
         return engines.Engine(
@@ -374,27 +376,3 @@ def load(
     programs = Programs(command_buffers)
     loaded = loading.load_model(path_or_name, LoadOptions(**options))
     return LanguageModel(**vars(loaded), programs=programs)
-
-
-def _as_list(prompts) -> list:
-    """A list of prompts; a list of ints is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], Integral) else prompts
-
-
-def _token_ids(value: Any) -> list[int]:
-    """Token ids of any integer type.
-
-    Raises:
-        ConfigError: something else; what was found is named.
-    """
-    if isinstance(value, str | bytes | Mapping):
-        raise ConfigError(f"input_ids: expected a list of token ids, found {type(value).__name__}")
-    try:
-        return [sample.whole(f"input_ids[{i}]", token) for i, token in enumerate(value)]
-    except TypeError:
-        raise ConfigError(
-            f"input_ids: expected a list of token ids, found {type(value).__name__}"
-        ) from None

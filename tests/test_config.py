@@ -34,6 +34,11 @@ def read(generation=None, **fields) -> ModelConfig:
     return ModelConfig.from_hf({**BASE, **fields}, generation)
 
 
+def test_a_wrong_token_id_is_said_to_be_where_it_is():
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id = '5'"):
+        read({"eos_token_id": "5"})
+
+
 def test_both_spellings_are_the_same():
     old = read(
         torch_dtype="float16", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0}
@@ -66,6 +71,8 @@ def test_explicit_head_dim_may_differ_from_hidden_over_heads():
         ({"eos_token_id": 1}, {"eos_token_id": [5, 6]}, (5, 6)),
         ({"eos_token_id": 1}, {"eos_token_id": None}, (1,)),
         ({"eos_token_id": 1}, {"temperature": 0.6}, (1,)),
+        ({"eos_token_id": -1}, None, ()),
+        ({"eos_token_id": [5, -1]}, None, (5,)),
     ],
 )
 def test_eos(fields, generation, expected):

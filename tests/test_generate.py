@@ -6,6 +6,8 @@ import shutil
 import string
 from dataclasses import replace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import specjax
@@ -261,6 +263,18 @@ def test_random_streams_follow_the_requests_numbers():
     assert dict(model().generate_iter(prompts[1:], **settings))[0].output_ids != rest[0].output_ids
 
 
+def test_numbers_and_arrays_of_numpy_and_jax_are_taken_as_python_s():
+    ids = model().encode({"text": PROMPT})
+    numbers = {"seed": -5, "top_k": 999, "max_new_tokens": NEW_TOKENS, "stop_token_ids": [1]}
+    [expected] = model().generate(ids, temperature=1.5, **numbers)
+    options = {"temperature": np.float32(1.5), "stop_token_ids": np.array([1])}
+    options |= {n: np.int32(v) for n, v in numbers.items() if n != "stop_token_ids"}
+    for prompt in (np.array(ids, np.int16), jnp.array(ids)):
+        [found] = model().generate(prompt, **options)
+        assert found.output_ids == expected.output_ids and found.input_ids == ids
+    assert json.loads(json.dumps(found.to_dict()))["output_ids"] == expected.output_ids
+
+
 REFUSED = [
     ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
     ({"batch_size": 0}, ConfigError, "batch_size=0"),
@@ -277,6 +291,16 @@ REFUSED = [
     ({"top_k": 2.5}, ConfigError, "top_k=2.5"),
     ({"stop": 5}, ConfigError, "stop=5"),
     ({"stop_token_ids": [1024]}, ConfigError, "1024 is no token id"),
+    ({"stop_token_ids": [True]}, ConfigError, r"stop_token_ids\[0\]=True"),
+    ({"stop_token_ids": "5"}, ConfigError, "stop_token_ids: expected .* found str"),
+    ({"temperature": np.bool_(True)}, ConfigError, "temperature=np.True_"),
+    ({"temperature": b"1"}, ConfigError, "temperature=b'1'"),
+    ({"acceptance": None}, ConfigError, "acceptance=None"),
+    ({"prompts": 5}, ConfigError, "prompts: expected text.* found int"),
+    ({"prompts": None}, ConfigError, "prompts: expected text.* found NoneType"),
+    ({"prompts": b"ab"}, ConfigError, "prompts: expected text.* found bytes"),
+    ({"ids": []}, ConfigError, "ids: 0 names for 1 prompts"),
+    ({"ids": ["a", "b"]}, ConfigError, "ids: 2 names for 1 prompts"),
     ({"prompts": {"text": 5}}, ConfigError, "text: expected a string, found int"),
     ({"prompts": {"prompt": ["a"]}}, ConfigError, "prompt: expected a string, found list"),
     ({"prompts": {"text": "a\udcff"}}, ConfigError, "half a surrogate pair"),

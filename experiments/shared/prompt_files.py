@@ -7,10 +7,8 @@ from typing import Any
 
 import specjax
 from specjax.errors import CapacityError, ConfigError, SpecjaxError
-from specjax.text import chat
+from specjax.text import chat, inputs
 from specjax.text.tokenizer import unicode_text
-
-_PROMPT_FIELDS = ("input_ids", "messages", "text", "prompt")  # in order of precedence
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -27,7 +25,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     for number, fields in read_objects(path):
         where = f"{path}:{number}"
         name = fields.get("id", len(rows))
-        if not isinstance(name, str | int):
+        if not isinstance(name, str | int) or isinstance(name, bool):
             raise ConfigError(f"{where}: id={name!r}: expected a string or a whole number")
         if isinstance(name, str):
             _named(where, lambda name=name: unicode_text("id", name))
@@ -36,7 +34,9 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         seen[name] = number
         rows.append({"id": name, "line": number, "row": _prompt(fields, where)})
     if not rows:
-        raise ConfigError(f"{path}: no rows; each line is an object with one of {_PROMPT_FIELDS}")
+        raise ConfigError(
+            f"{path}: no rows; each line is an object with one of {', '.join(inputs.FIELDS)}"
+        )
     return rows
 
 
@@ -72,14 +72,16 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 def _prompt(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """The prompt field that counts, with its type checked."""
-    name = next((name for name in _PROMPT_FIELDS if fields.get(name) is not None), None)
+    name = next((name for name in inputs.FIELDS if fields.get(name) is not None), None)
     if name is None:
         raise ConfigError(
-            f"{where}: fields {sorted(fields)}; one of {', '.join(_PROMPT_FIELDS)} is needed"
+            f"{where}: fields {sorted(fields)}; one of {', '.join(inputs.FIELDS)} is needed"
         )
     value = fields[name]
     if name in ("text", "prompt"):
         valid, expected = isinstance(value, str), "a string"
+        if valid:
+            _named(where, lambda: unicode_text(name, value))
     elif name == "input_ids":
         valid = isinstance(value, list) and all(map(_is_token, value))
         expected = "a list of token ids"

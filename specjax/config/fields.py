@@ -2,6 +2,7 @@
 
 import logging
 import math
+import operator
 from typing import Any
 
 from specjax.errors import ConfigError
@@ -44,14 +45,28 @@ def flag(config: dict[str, Any], field: str, default: bool = False) -> bool:
     return value
 
 
+def whole(name: str, value: Any) -> int:
+    """A whole number of any size.
+
+    Raises:
+        ConfigError: it is something else; the option is named.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name}={value!r}: must be a whole number")
+
+
 def token_ids(config: dict[str, Any], field: str) -> tuple[int, ...]:
-    """A token id, a list of them, or nothing."""
+    """A token id, a list of them, or nothing, which -1 says too."""
     value = config.get(field)
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     for item in values:
-        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+        if not isinstance(item, int) or isinstance(item, bool) or item < -1:
             raise ConfigError(f"{field} = {value!r}: expected a token id or a list of them")
-    return tuple(values)
+    return tuple(item for item in values if item >= 0)
 
 
 def mapping(field: str, value: Any) -> dict[str, Any]:

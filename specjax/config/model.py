@@ -171,7 +171,7 @@ class ModelConfig:
                 f"num_attention_heads = {heads} is not a multiple of "
                 f"num_key_value_heads = {kv_heads}"
             )
-        ids = {**fields, **{k: v for k, v in (generation_config or {}).items() if v is not None}}
+        ids = lambda name: _token_ids(name, fields, generation_config or {})
         biases = {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
         rope = {"rope": RopeConfig()}
         settings = biases | rope | settings
@@ -187,8 +187,8 @@ class ModelConfig:
             rms_norm_eps=read.positive("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=read.flag(fields, "tie_word_embeddings"),
             max_position_embeddings=_positions(fields, settings["rope"]),
-            bos_token_id=next(iter(read.token_ids(ids, "bos_token_id")), None),
-            eos_token_ids=read.token_ids(ids, "eos_token_id"),
+            bos_token_id=next(iter(ids("bos_token_id")), None),
+            eos_token_ids=ids("eos_token_id"),
             dtype=_dtype(fields),
             depth=DepthConfig.from_hf(fields),
             source=json.dumps(config),
@@ -354,6 +354,18 @@ def _positions(fields: dict[str, Any], rope: RopeConfig) -> int:
     if rope.kind == "yarn":
         return max(stated, round(rope.factor * rope.original_max_position_embeddings))
     return round(stated * rope.extension)
+
+
+def _token_ids(
+    name: str, fields: dict[str, Any], generation_config: dict[str, Any]
+) -> tuple[int, ...]:
+    """What generation_config.json says, else config.json."""
+    if generation_config.get(name) is None:
+        return read.token_ids(fields, name)
+    try:
+        return read.token_ids(generation_config, name)
+    except ConfigError as error:
+        raise ConfigError(f"generation_config.json: {error}") from error
 
 
 def _head_dim(config: dict[str, Any], heads: int) -> int:

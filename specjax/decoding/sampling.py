@@ -6,7 +6,6 @@ respect to the *filtered* target.
 
 import hashlib
 import math
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
+from specjax.config.fields import whole
 from specjax.decoding import filters
 from specjax.errors import ConfigError
 
@@ -78,23 +78,9 @@ def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sa
     )
 
 
-def whole(name: str, value: Any) -> int:
-    """A whole number of any size.
-
-    Raises:
-        ConfigError: it is something else; the option is named.
-    """
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ConfigError(f"{name}={value!r}: must be a whole number")
-
-
 def _number(name: str, value: Any) -> float:
     try:
-        if not isinstance(value, bool | str):
+        if not isinstance(value, bool | np.bool_ | str | bytes):
             return float(value)
     except (TypeError, ValueError, OverflowError):
         pass

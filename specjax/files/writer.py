@@ -154,13 +154,18 @@ def whole_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raises CheckpointError unless a folder may be written at `path`."""
+    """Raises CheckpointError unless a folder may be written at `path`, whose parents need not exist."""
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: exists and is not a folder; choose another output")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(
             f"{path}: exists and is not empty; choose another output, or overwrite it"
         )
+    place = next(place for place in path.absolute().parents if os.path.lexists(place))
+    if not place.is_dir():
+        raise CheckpointError(f"{path}: {place} is not a folder; choose another output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path}: no permission to write in {place}; choose another output")
 
 
 def _replace_folder(temporary: Path, path: Path, overwrite: bool) -> None:

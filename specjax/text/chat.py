@@ -5,6 +5,8 @@ from typing import Any
 
 from specjax.errors import ConfigError
 
+# Stands behind the text that is continued while a template renders it; templates that trim take its blank away.
+_MARK = "SPECJAX_CONTINUES_HERE "
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -84,3 +86,39 @@ def generation_prompt(add: bool | None, continue_final: bool) -> bool:
             "goes on with the last one"
         )
     return not continue_final if add is None else add
+
+
+def marked(checked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages that `messages` gave, with a mark behind the text of the last one.
+
+    Raises:
+        ConfigError: it has no text.
+    """
+    last = checked[-1]
+    if last.get("content") is None:
+        raise ConfigError(
+            f"continue_final_message: messages[{len(checked) - 1}] has no content to continue"
+        )
+    return [*checked[:-1], {**last, "content": last["content"] + _MARK}]
+
+
+def continued(rendered: str, content: str) -> str:
+    """What a template made of marked messages, up to the mark: it ends with `content`, the last message's text.
+
+    Raises:
+        ConfigError: the template leaves that text out or changes it.
+    """
+    mark = _MARK.rstrip()
+    blanks = content[len(content.rstrip()) :]
+    before, found, behind = rendered.rpartition(mark)
+    # A template that takes the mark's blank away would take the message's too; blanks before it are its own.
+    if not behind.startswith(_MARK[len(mark) :]):
+        before, content = before.removesuffix(blanks), content.rstrip()
+    # It may have the message in several places.
+    before = before.replace(_MARK, "").replace(blanks + mark, "").replace(mark, "")
+    if not found or not before.endswith(content.lstrip()):
+        raise ConfigError(
+            "continue_final_message: the chat template leaves out or changes the last message, so that it cannot be "
+            "continued; pass raw text or input_ids"
+        )
+    return before

@@ -87,7 +87,8 @@ def _spaces(settings: Mapping[str, Any]) -> str | None:
         return None if settings.get("add_prefix_space", True) is not False else "never"
     if settings.get("add_prefix_space") is False:
         return "never"
-    return "always" if settings.get("legacy") else "first"
+    # CodeLlamaTokenizer has no such setting.
+    return "always" if settings.get("legacy") and name == "LlamaTokenizer" else "first"
 
 
 def _set_prefix_space(backend, settings: Mapping[str, Any]) -> None:
@@ -187,7 +188,7 @@ def _check_numbers(
         if token not in own:
             raise CheckpointError(
                 f"{source}: token {token!r} is number {stated} by added_tokens.json or tokenizer_config.json, and "
-                f"{found} behind the tokens of the vocabulary; add a tokenizer.json"
+                f"{found} behind the tokens of the vocabulary; a tokenizer.json must have it among its added_tokens"
             )
         _log.warning(
             "%s: token %r is number %d by tokenizer.json, which counts, and %d by the files beside it",

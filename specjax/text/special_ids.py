@@ -4,10 +4,10 @@ The configuration gives the ids of config.json, generation_config.json or a GGUF
 tokenizer adds its own EOS and the ends of turns that it knows by name, because files often state one id of several.
 """
 
-import operator
 from collections.abc import Iterable, Mapping
 
 from specjax.errors import ConfigError
+from specjax.text import inputs
 
 # Tokens that are ends of turns or documents wherever they are special tokens, by name.
 UNMISTAKABLE = (
@@ -35,17 +35,22 @@ def stop_ids(
     return tuple(i for i in found if 0 <= i < vocab_size)
 
 
-def chosen(name: str, ids: Iterable[int] | None, vocab_size: int) -> tuple[int, ...]:
-    """Ids that a user names.
+def chosen(name: str, ids: Iterable[int] | None) -> tuple[int, ...]:
+    """Ids that a user names, as Python integers, each once.
 
     Raises:
-        ConfigError: one is no id of the vocabulary; the option `name` is named.
+        ConfigError: they are something else; the option `name` is named.
     """
-    try:
-        found = dict.fromkeys(operator.index(i) for i in (() if ids is None else ids))
-    except TypeError:
-        raise ConfigError(f"{name}={ids!r}: expected a list of token ids") from None
-    for i in found:
+    return tuple(dict.fromkeys(inputs.token_ids(name, () if ids is None else ids)))
+
+
+def within(name: str, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """The ids, if all are of the vocabulary.
+
+    Raises:
+        ConfigError: one is not; the option `name` is named.
+    """
+    for i in ids:
         if not 0 <= i < vocab_size:
             raise ConfigError(f"{name}: {i} is no token id of the vocabulary of {vocab_size}")
-    return tuple(found)
+    return tuple(ids)

@@ -184,8 +184,8 @@ class Tokenizer:
             add_generation_prompt: end where the assistant begins to speak; default: unless the last message goes on.
             continue_final_message: end with the last message's text, so that it is continued.
         Raises:
-            ConfigError: malformed or no messages, no template, a template that fails or refuses the messages, or both
-                of the flags.
+            ConfigError: malformed or no messages, no template, a template that fails, refuses the messages or
+                changes the one to continue, or both of the flags.
         """
         checked = chat.messages(messages)
         opened = chat.generation_prompt(add_generation_prompt, continue_final_message)
@@ -194,19 +194,20 @@ class Tokenizer:
                 f"{self._lack_of_template()}, so messages cannot be rendered: give one with "
                 "--chat_template=FILE (Jinja), or pass raw text or input_ids"
             )
-        import jinja2
-
+        given = chat.marked(checked) if continue_final_message else checked
         try:
-            return self._tokenizer.apply_chat_template(
-                checked,
+            text = self._tokenizer.apply_chat_template(
+                given,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=opened,
-                continue_final_message=continue_final_message,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (
+            Exception
+        ) as error:  # templates are programs that come with models: they fail in every way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ConfigError(f"the chat template of {self.source} failed: {reason}") from error
+        return chat.continued(text, checked[-1]["content"]) if continue_final_message else text
 
     def _lack_of_template(self) -> str:
         if not self._templates:

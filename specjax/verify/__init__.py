@@ -27,10 +27,14 @@ def acceptor(rule: str | Acceptor, greedy: bool) -> Acceptor:
     "lossless" is `Greedy` for greedy decoding and `Rejection` for sampling.
 
     Raises:
-        ConfigError: the name is unknown, or the rule has no meaning at this temperature.
+        ConfigError: it is no rule, the name is unknown, or the rule has no meaning at this temperature.
     """
     if isinstance(rule, str):
         rule = _named(rule, greedy)
+    if not isinstance(rule, Acceptor):
+        raise ConfigError(
+            f"acceptance={rule!r}: supported are {', '.join(ACCEPTANCES)}, or a rule itself"
+        )
     if isinstance(rule, Greedy) and not greedy:
         raise ConfigError("acceptance='greedy' needs temperature=0; use 'lossless'")
     if isinstance(rule, Rejection) and greedy:

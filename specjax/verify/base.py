@@ -1,7 +1,7 @@
 """What an acceptance rule is, and what it returns."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Verified:
     features: Float[Array, "B P D"] | None = None
 
 
+@runtime_checkable
 class Acceptor(Protocol):
     """Decides which drafted nodes stay. A value without arrays: hashable, a static argument of the loop.
 

@@ -11,7 +11,7 @@ import safetensors
 
 from specjax.checkpoints import export, formats, hf, open_checkpoint
 from specjax.errors import CheckpointError
-from specjax.files import manifest, orbax_store
+from specjax.files import manifest, orbax_store, writer
 from specjax.files import source as sources
 from specjax.models import layers
 from specjax.quant import rotation as rotations
@@ -283,6 +283,8 @@ def test_taken_output_is_refused_unless_overwritten(tmp_path):
     file.write_text("x")
     with pytest.raises(CheckpointError, match=r"file: exists and is not a folder"):
         export.export(model, checkpoint.config, file, format="gptq", overwrite=True)
+    with pytest.raises(CheckpointError, match=r"file/a/b: .*/file is not a folder"):
+        writer.check_free(file / "a" / "b", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
 
 

@@ -50,6 +50,8 @@ def test_rows_without_id_are_numbered(tmp_path):
         ('{"messages": "hi"}', r"p\.jsonl:1: messages: expected a list"),
         ('{"messages": [{"role": "user"}]}', r"p\.jsonl:1: messages\[0\]: content is missing"),
         ('{"id": "\\ud800", "text": "a"}', r"p\.jsonl:1: id is not Unicode"),
+        ('{"id": 1, "text": "\\ud800"}', r"p\.jsonl:1: text is not Unicode"),
+        ('{"id": true, "text": "a"}', r"p\.jsonl:1: id=True: expected a string"),
         ('{"id": 1, "text": ' + "[" * 100_000, r"p\.jsonl:1: not valid JSON"),
         ('{"id": ' + "1" * 5000 + "}", r"p\.jsonl:1: not valid JSON"),
         ('{"id": 1, "text": 5}', "text: expected a string"),
@@ -66,7 +68,7 @@ def test_malformed_prompts_name_the_line(tmp_path, text, message):
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
     path = _write(tmp_path / "p.jsonl", '\ufeff{"text": "a"}\n')
-    assert [row["row"] for row in records.read_prompts(path)] == [{"text": "a"}]
+    assert [row["row"] for row in prompt_files.read_prompts(path)] == [{"text": "a"}]
 
 
 def test_prompts_that_are_not_text_are_refused(tmp_path):

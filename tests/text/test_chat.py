@@ -99,3 +99,54 @@ def test_options_say_how_a_conversation_ends():
     for wrong in ({"add_generation_prompt": 1}, {"continue_final_message": None}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             model.generate(row, **wrong)
+
+
+def test_a_template_that_fails_in_any_way_is_one_line():
+    for template in ("{{ 1 // 0 }}", "{{ raise_exception('no\nroles') }}", "{% for %}"):
+        failing = tokenizer.load(paths.fixture("tiny-fp16"), chat_template=template)
+        with pytest.raises(ConfigError, match=r"^the chat template of .* failed: .+$"):
+            failing.render_chat([USER])
+
+
+TRIMS = TEMPLATE.replace("m.content", "m.content | trim").replace("role }}>", "role }}>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "text"),
+    [
+        (TRIMS, "Sure", "<user>\nHi</><assistant>\nSure"),
+        (TRIMS, " Sure ", "<user>\nHi</><assistant>\nSure"),
+        (TRIMS, "", "<user>\nHi</><assistant>\n"),
+        (TRIMS, "  ", "<user>\nHi</><assistant>\n"),
+        (TRIMS, "/", "<user>\nHi</><assistant>\n/"),
+        (TEMPLATE, " Sure ", "<user>Hi</><assistant> Sure "),
+        (TEMPLATE, "", "<user>Hi</><assistant>"),
+        (
+            "{{ messages[-1].content }}|" + TEMPLATE,
+            "Sure ",
+            "Sure |<user>Hi</><assistant>Sure ",
+        ),
+        (
+            "{{ messages[-1].content | trim }}|" + TRIMS,
+            "a ",
+            "a|<user>\nHi</><assistant>\na",
+        ),
+    ],
+)
+def test_a_message_is_continued_where_its_text_ends(template, content, text):
+    tok = tokenizer.load(paths.fixture("tiny-fp16"), chat_template=template)
+    messages = [USER, {"role": "assistant", "content": content}]
+    assert tok.render_chat(messages, continue_final_message=True) == text
+    assert messages[-1]["content"] == content
+
+
+@pytest.mark.parametrize("change", [" | upper", ".replace('u', '')", " | length"])
+def test_a_message_that_a_template_changes_is_not_continued(change):
+    template = TEMPLATE.replace("m.content", "m.content" + change)
+    tok = tokenizer.load(paths.fixture("tiny-fp16"), chat_template=template)
+    message = {"role": "user", "content": "Sure"}
+    with pytest.raises(ConfigError, match="continue_final_message: the chat template leaves out"):
+        tok.render_chat([message], continue_final_message=True)
+    calls = {"role": "assistant", "tool_calls": [{}]}
+    with pytest.raises(ConfigError, match=r"messages\[0\] has no content to continue"):
+        tok.render_chat([calls], continue_final_message=True)
