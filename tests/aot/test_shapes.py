@@ -72,8 +72,8 @@ def test_forms_of_other_backends_and_schemes():
     "spec",
     [
         {"kind": "none"},
-        {"kind": "ngram", "draft_depth": 3},
-        {"kind": "eagle"},
+        pytest.param({"kind": "ngram", "draft_depth": 3}, marks=pytest.mark.slow),
+        pytest.param({"kind": "eagle"}, marks=pytest.mark.slow),
         {"kind": "eagle", "num_nodes": 32, "vocabulary_size": 32768, "scheme": "w8a16"},
     ],
 )

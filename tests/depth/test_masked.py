@@ -121,7 +121,7 @@ def test_a_skipped_token_shows_no_key():
     np.testing.assert_allclose(first.hidden[:, 2:], one.hidden[:, 2:], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("code_bits", [None, 4])
+@pytest.mark.parametrize("code_bits", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_gradients_reach_routers_and_updates(code_bits):
     target, adapter = model(), trained(code_bits)
     graph, parameters, rest = nnx.split(adapter, nnx.Param, ...)

@@ -307,7 +307,11 @@ def full_and_routed():
 
 @pytest.mark.parametrize(
     ("name", "batch"),
-    [("none", 1), ("eagle-12", 1), pytest.param("none", 4, marks=pytest.mark.slow)],
+    [
+        pytest.param("none", 1, marks=pytest.mark.slow),
+        ("eagle-12", 1),
+        pytest.param("none", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_conditionals_move_no_cache(name, batch):
     found = {}

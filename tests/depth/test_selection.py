@@ -242,7 +242,7 @@ def test_rows_that_fill_up_a_tile_change_nothing(monkeypatch):
     [
         ("vote", "eagle"),
         ("prune", "eagle"),
-        ("prune", "ngram"),
+        pytest.param("prune", "ngram", marks=pytest.mark.slow),
         *(pytest.param(mode, "lm", marks=pytest.mark.slow) for mode in ("vote", "prune")),
         *(pytest.param(mode, "medusa", marks=pytest.mark.slow) for mode in ("vote", "prune")),
     ],

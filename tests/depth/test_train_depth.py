@@ -63,6 +63,7 @@ def run(made, target, stop_at=None):
     made.run(target, None, rows, None, plan, report, lambda: None)
 
 
+@pytest.mark.slow  # the loop is that of heads, whose interruption is tested fast
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     target = tiny.model(tiny.config(num_layers=2))
     whole = trainer(tmp_path / "whole", target)

@@ -38,8 +38,11 @@ TARGETS = {
     "rotation-eagle2-tiny": "rotation-tiny",
 }
 SETTINGS = ("d5k10n60", "d6k10n60", "d3k4n12", "d6k2n14", "d5k1n6")
-FAST = {("eagle2-tiny", name) for name in ("d5k10n60", "d5k1n6")}
-FAST |= {("eagle3-tiny", "d3k4n12"), ("rotation-eagle2-tiny", "d3k4n12")}
+FAST = {
+    ("eagle2-tiny", "d5k10n60"),
+    ("eagle3-tiny", "d3k4n12"),
+    ("rotation-eagle2-tiny", "d3k4n12"),
+}
 
 
 @functools.cache

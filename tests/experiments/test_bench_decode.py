@@ -144,6 +144,7 @@ def test_bad_input_exits_with_a_message(run, tiny, prompts, tmp_path):
     assert code == 2 and "--roofline" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurried")
 def test_all_methods_and_their_traces(run, tiny, prompts, tmp_path):
     output = tmp_path / "bench.jsonl"

@@ -331,6 +331,7 @@ def test_weights_are_described_by_what_is_stored():
     assert evaluate.describe_weights(str(paths.fixture("tiny-qqq-g128"))) == "w4a8-qqq g128"
 
 
+@pytest.mark.slow
 def test_rounds_of_a_hierarchical_drafter(run, arguments, tmp_path, tiny):
     flags = ("--drafter=hierarchical", f"--draft_checkpoint={tiny}", "--min_draft_depth=2")
     flags += ("--inner_drafter=ngram", "--limit=1", "--max_new_tokens=8")

@@ -16,7 +16,7 @@ def arguments(tiny, write_rows, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "self"])
+@pytest.mark.parametrize("drafter", ["none", pytest.param("ngram", marks=pytest.mark.slow), "self"])
 def test_parts_of_a_step(run, arguments, tmp_path, drafter):
     with models.hurried_compiler():
         code, printed, errors = run(step_times, *arguments, f"--drafter={drafter}")

@@ -154,7 +154,10 @@ def test_a_new_format_is_a_scheme(odd):
 
 
 @pytest.mark.parametrize("arch", [(9, 0), (8, 0)])
-@pytest.mark.parametrize(("input_bits", "group_size"), [(16, 64), (8, 256), (8, 64)])
+@pytest.mark.parametrize(
+    ("input_bits", "group_size"),
+    [(16, 64), (8, 256), pytest.param(8, 64, marks=pytest.mark.slow)],
+)
 def test_a_new_format_runs_in_the_kernels(odd, arch, input_bits, group_size):
     spec = None if input_bits == 16 else ActivationSpec(bits=input_bits)
     linear, x = linear_of(odd, spec, group_size), inputs(3)

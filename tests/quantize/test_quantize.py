@@ -33,10 +33,10 @@ def codes(model):
 @pytest.mark.parametrize(
     ("scheme", "method", "group_size", "bound"),
     [
-        ("w8a16", "rtn", -1, 0.02),
+        pytest.param("w8a16", "rtn", -1, 0.02, marks=pytest.mark.slow),
         ("w8a8", "smoothquant", -1, 0.05),
         ("w4a16", "gptq", 32, 0.25),
-        ("w4a8-qqq", "qqq", -1, 0.3),
+        pytest.param("w4a8-qqq", "qqq", -1, 0.3, marks=pytest.mark.slow),
         ("w4a8-qoq", "qoq", 32, 0.25),
         ("fp8", "rtn", -1, 0.1),
     ],

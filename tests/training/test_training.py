@@ -173,7 +173,7 @@ def _train(*arguments):
     [
         ("eagle", ["--draft_vocab_size=200", "--dtype=bfloat16"]),
         pytest.param(*("eagle3", ["--draft_vocab_size=128", "--unroll=2"]), marks=pytest.mark.slow),
-        ("medusa", ["--num_heads=2"]),
+        pytest.param("medusa", ["--num_heads=2"], marks=pytest.mark.slow),
     ],
 )
 def test_heads_learn_and_load_again(kind, options, written, tmp_path, capsys):
