@@ -61,7 +61,9 @@ PRODUCT = [(name, scheme, batch) for scheme in SCHEMES for name in DRAFTERS for 
 # The fast cover, on one layer: chains and trees of every kind with the three kinds of schemes.
 SETTINGS = ("w4a16", "w8a8", "w4a8-qqq")
 COVER = [(name, scheme) for scheme in SETTINGS for name in ("lm", "self", "eagle")]
-COVER += [(name, SETTINGS[index % 3]) for index, name in enumerate(PLANS)]
+COVER += [
+    (name, SETTINGS[index]) for index, name in enumerate(("planned", "planned-tree", "oracle"))
+]
 COVER += [
     ("ngram", "w4a16"),
     ("eagle-reduced", "w4a16"),

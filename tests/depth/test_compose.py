@@ -232,6 +232,7 @@ def test_routers_turn_with_the_residual_stream():
         rotate.rotate(robust, turn)
 
 
+@pytest.mark.slow
 def test_flags(folders, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"input_ids": p}) + "\n" for p in PROMPTS[:2]))

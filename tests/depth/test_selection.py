@@ -240,7 +240,7 @@ def test_rows_that_fill_up_a_tile_change_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "name"),
     [
-        ("vote", "eagle"),
+        pytest.param("vote", "eagle", marks=pytest.mark.slow),
         ("prune", "eagle"),
         pytest.param("prune", "ngram", marks=pytest.mark.slow),
         *(pytest.param(mode, "lm", marks=pytest.mark.slow) for mode in ("vote", "prune")),

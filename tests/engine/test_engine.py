@@ -260,7 +260,7 @@ def test_the_callers_stop_ends_a_request_and_frees_its_slot():
 
 
 @pytest.mark.parametrize(
-    "proposer", [draft_model, pytest.param(NoDraft, marks=pytest.mark.slow)], ids=["lm", "none"]
+    "proposer", [pytest.param(draft_model, marks=pytest.mark.slow), NoDraft], ids=["lm", "none"]
 )
 def test_same_seed_same_tokens_whatever_the_batch_and_the_order(proposer):
     settings = {"temperature": 1.0}

@@ -74,6 +74,7 @@ def test_specs_from_a_file_and_the_roofline(run, tiny, prompts, tmp_path):
     assert row["engine_over_bare"] > 0 and row["bound_tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_speedups_over_plain_decoding_in_another_dtype(run, tiny, prompts, tmp_path):
     output = tmp_path / "bench.jsonl"
     arguments = (

@@ -160,6 +160,7 @@ def test_a_prompt_without_room_is_reported(run, arguments, tmp_path):
     assert "1 without a timed answer" in printed
 
 
+@pytest.mark.slow  # a killed one is tested fast
 def test_an_interrupted_run_ends_as_a_whole_one(run, arguments, tmp_path):
     sampled = ("--drafter=ngram", "--temperature=1", "--seed=4", "--limit=4")
     whole = tmp_path / "out" / "mt_bench" / "whole.jsonl"

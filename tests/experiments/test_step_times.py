@@ -16,7 +16,9 @@ def arguments(tiny, write_rows, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("drafter", ["none", pytest.param("ngram", marks=pytest.mark.slow), "self"])
+@pytest.mark.parametrize(
+    "drafter", ["none", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ngram", "self"))]
+)
 def test_parts_of_a_step(run, arguments, tmp_path, drafter):
     with models.hurried_compiler():
         code, printed, errors = run(step_times, *arguments, f"--drafter={drafter}")

@@ -31,8 +31,10 @@ def _prompts(tmp_path):
 @pytest.mark.parametrize(
     "drafter",
     [
-        pytest.param(["--drafter=ngram"], marks=pytest.mark.slow),
-        [f"--draft_checkpoint={paths.fixture('eagle2-tiny')}"],
+        ["--drafter=ngram"],
+        pytest.param(
+            [f"--draft_checkpoint={paths.fixture('eagle2-tiny')}"], marks=pytest.mark.slow
+        ),
     ],
 )
 @pytest.mark.usefixtures("hurried")
