@@ -11,6 +11,7 @@ from specjax.checkpoints import gguf_file
 from specjax.checkpoints.gguf_architectures import ARCHITECTURES, GGUFArchitecture, place
 from specjax.checkpoints.gguf_file import GGUFFile
 from specjax.checkpoints.gguf_split import GGUFParts
+from specjax.checkpoints.names import projections_of
 from specjax.config import ModelConfig, RopeConfig
 from specjax.errors import CheckpointError, ConfigError
 
@@ -30,10 +31,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS = {
     "short_factor": "rope_factors_short.weight",
     "long_factor": "rope_factors_long.weight",
-}
-_PROJECTIONS = {
-    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 
 
@@ -89,9 +86,8 @@ def _with_biases(file, declared: GGUFArchitecture, config: ModelConfig) -> Model
         CheckpointError: some layers lack a bias that others have.
     """
     found, names = [], frozenset(file.names())
-    for leaf, name in _PROJECTIONS.items():
-        if leaf == "gate_proj" and not config.gated_mlp:
-            continue
+    projections = projections_of(config)
+    for leaf, name in projections.items():
         stored = [
             place(file, declared, f"model.layers.{index}.{name}.bias")[0]
             for index in range(config.num_layers)
@@ -103,8 +99,7 @@ def _with_biases(file, declared: GGUFArchitecture, config: ModelConfig) -> Model
             found.append(leaf)
     qkv, o, mlp = (bool({*found} & {*group}) for group in _BIAS_GROUPS)
     config = dataclasses.replace(config, qkv_bias=qkv, o_bias=o, mlp_bias=mlp)
-    expected = [leaf for leaf in _PROJECTIONS if config.has_bias(leaf)]
-    if found == [leaf for leaf in expected if config.gated_mlp or leaf != "gate_proj"]:
+    if found == [leaf for leaf in projections if config.has_bias(leaf)]:
         return config
     return dataclasses.replace(config, biases=tuple(found))
 

@@ -13,7 +13,7 @@ from specjax.checkpoints import stored_settings
 from specjax.checkpoints.base import LinearFormat
 from specjax.checkpoints.names import Names, Place
 from specjax.config import DTYPES, ModelConfig
-from specjax.config.fields import settle
+from specjax.config.fields import homes, settle
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import base as file_base
 from specjax.files import source as sources
@@ -160,18 +160,12 @@ def open_folder(path: Path) -> HFCheckpoint:
     manifest.read(path)
     source = sources.open_source(path)
     config = stored_settings.settled(path, config, hf_config, source)
-    if not any(fields.get(name) for fields in _homes(hf_config) for name in _DTYPES):
+    if not any(fields.get(name) for fields in homes(hf_config) for name in _DTYPES):
         config = _stored_dtype(config, source)
     linear_format = formats.detect(_quantization_config(path, hf_config), source, hf_config)
     checkpoint = HFCheckpoint(path, config, source, linear_format)
     logger.info("%s: %s, format %s", path, config.architecture, checkpoint.format)
     return checkpoint
-
-
-def _homes(hf_config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects of a config.json that may hold settings of the language model."""
-    nested = hf_config.get("text_config")
-    return [hf_config, nested] if isinstance(nested, dict) else [hf_config]
 
 
 def _quantization_config(path: Path, hf_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -180,7 +174,7 @@ def _quantization_config(path: Path, hf_config: dict[str, Any]) -> dict[str, Any
     Where both are there, config.json is followed, as by transformers; fields that the file states otherwise are warned
     about.
     """
-    found = [home.get("quantization_config") for home in _homes(hf_config)]
+    found = [home.get("quantization_config") for home in homes(hf_config)]
     stated = next((value for value in found if value), None)
     files = (path / name for name in ("quantize_config.json", "quant_config.json"))
     file = next((file for file in files if file.is_file()), None)

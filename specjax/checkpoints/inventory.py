@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from specjax.checkpoints import tensors
 from specjax.checkpoints.names import Names
 from specjax.errors import CheckpointError
 
@@ -37,10 +38,16 @@ def unread(checkpoint) -> tuple[str, ...]:
     source = _source(checkpoint)
     names = Names(checkpoint.config, source.names())
     head, embedding = f"{names(_HEAD)}.weight", names(_EMBEDDING)
+
+    def repeats_embedding(name: str) -> bool:
+        """A head that is stored beside tied embeddings; GGUF files give no values by name."""
+        is_head = name == head and hasattr(source, "read")
+        return is_head and tensors.same_values(source, head, embedding)
+
     return tuple(
         name
         for name in source.unread()
-        if not _says_nothing(source, name) and not (name == head and _same(source, head, embedding))
+        if not (_says_nothing(source, name) or repeats_embedding(name))
     )
 
 
@@ -106,11 +113,3 @@ def _says_nothing(source, name: str) -> bool:
     if _ZERO_IS_NOTHING.fullmatch(name):
         return not np.any(source.read(name))
     return False
-
-
-def _same(source, name: str, other: str) -> bool:
-    if not hasattr(source, "read") or other not in source.names():
-        return False
-    if source.shape(name) != source.shape(other):
-        return False
-    return np.array_equal(*(source.read(n).astype(np.float32) for n in (name, other)))

@@ -27,6 +27,12 @@ _NORMS = (
 )
 
 
+def projections_of(config: ModelConfig) -> dict[str, str]:
+    """The linears of a decoder layer: name of the leaf -> name below the layer."""
+    names = {name.rpartition(".")[2]: name for name in _LINEARS}
+    return {leaf: n for leaf, n in names.items() if config.gated_mlp or leaf != "gate_proj"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a linear lies.

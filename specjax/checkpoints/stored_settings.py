@@ -11,22 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from specjax.checkpoints.names import Names
+from specjax.checkpoints import tensors
+from specjax.checkpoints.names import Names, projections_of
 from specjax.config import ModelConfig
+from specjax.config.fields import homes
 from specjax.errors import CheckpointError
 from specjax.files.base import TensorSource
 from specjax.files.source import RecordedSource
 
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
-_PROJECTIONS = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +57,7 @@ def _with_head(path, config, hf_config, source, names: Names) -> ModelConfig:
     prefix = names(_HEAD)
     stored = names.has_linear(prefix)
     if stored and config.tie_word_embeddings:
-        if _same(source, f"{prefix}.weight", names(_EMBEDDING)):
+        if tensors.same_values(source, f"{prefix}.weight", names(_EMBEDDING)):
             return config
         _log.warning(
             "%s: tie_word_embeddings = true, but %s holds other values than %s: it is the output head",
@@ -73,7 +66,7 @@ def _with_head(path, config, hf_config, source, names: Names) -> ModelConfig:
         return dataclasses.replace(config, tie_word_embeddings=False)
     if stored or config.tie_word_embeddings:
         return config
-    flags = [home.get("tie_word_embeddings") for home in _homes(hf_config)]
+    flags = [home.get("tie_word_embeddings") for home in homes(hf_config)]
     if False in flags:
         raise CheckpointError(
             f"{prefix}.weight is missing from {path}, and tie_word_embeddings = false says that the embedding does not "
@@ -86,30 +79,10 @@ def _with_head(path, config, hf_config, source, names: Names) -> ModelConfig:
     return dataclasses.replace(config, tie_word_embeddings=True)
 
 
-def _homes(hf_config: dict[str, Any]) -> list[dict[str, Any]]:
-    nested = hf_config.get("text_config")
-    return [hf_config, nested] if isinstance(nested, dict) else [hf_config]
-
-
-def _same(source: TensorSource, first: str, second: str) -> bool:
-    """Whether two tensors hold the same values."""
-    if first not in source.names() or second not in source.names():
-        return False
-    if tuple(source.shape(first)) != tuple(source.shape(second)):
-        return False
-    if source.dtype(first) != source.dtype(second):
-        return np.array_equal(
-            source.read(first).astype(np.float32), source.read(second).astype(np.float32)
-        )
-    return np.array_equal(source.read(first), source.read(second))
-
-
 def _with_biases(path, config: ModelConfig, source, names: Names) -> ModelConfig:
     """The projections with biases, by what is stored."""
-    found = []
-    for leaf, name in _PROJECTIONS.items():
-        if leaf == "gate_proj" and not config.gated_mlp:
-            continue
+    found, projections = [], projections_of(config)
+    for leaf, name in projections.items():
         stored = [
             f"{names.place(f'model.layers.{index}.{name}').prefix}.bias"
             for index in range(config.num_layers)
@@ -126,13 +99,12 @@ def _with_biases(path, config: ModelConfig, source, names: Names) -> ModelConfig
         zero = not expected and not missing and all(_is_zero(source, bias) for bias in stored)
         if not missing and not zero:
             found.append(leaf)
-    expected = [leaf for leaf in _PROJECTIONS if config.has_bias(leaf)]
-    expected = [leaf for leaf in expected if config.gated_mlp or leaf != "gate_proj"]
+    expected = [leaf for leaf in projections if config.has_bias(leaf)]
     if found == expected:
         return config
     lost = [leaf for leaf in expected if leaf not in found]
     if lost and config.architecture in _ALWAYS_BIASED:
-        name = names.place(f"model.layers.0.{_PROJECTIONS[lost[0]]}").prefix
+        name = names.place(f"model.layers.0.{projections[lost[0]]}").prefix
         raise CheckpointError(f"{name}.bias is missing from {path}; {config.architecture} has one")
     _log.warning(
         "%s: config.json promises biases of %s, stored are those of %s, which are loaded",

@@ -20,6 +20,18 @@ def has(source: TensorSource, name: str) -> bool:
     return name in source.names()
 
 
+def same_values(source: TensorSource, first: str, second: str) -> bool:
+    """Whether two tensors are there and hold the same values, perhaps in two dtypes."""
+    if not (has(source, first) and has(source, second)):
+        return False
+    if tuple(source.shape(first)) != tuple(source.shape(second)):
+        return False
+    arrays = [source.read(name) for name in (first, second)]
+    if arrays[0].dtype != arrays[1].dtype:
+        arrays = [array.astype(np.float32) for array in arrays]
+    return np.array_equal(*arrays)
+
+
 def is_dense(source: TensorSource, prefix: str) -> bool:
     """Whether `<prefix>.weight` holds a floating-point weight, i.e. this linear was left unquantized."""
     name = f"{prefix}.weight"

@@ -76,6 +76,12 @@ def mapping(field: str, value: Any) -> dict[str, Any]:
     return dict(value or {})
 
 
+def homes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a config.json that may hold settings of the language model: itself, and `text_config`."""
+    nested = config.get("text_config")
+    return [config, nested] if isinstance(nested, dict) else [config]
+
+
 def listed(config: dict[str, Any], field: str, count: int) -> list | None:
     """A list of one entry per layer at least, cut to the layers; None where there is none."""
     value = config.get(field)

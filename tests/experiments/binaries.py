@@ -1,11 +1,26 @@
 """Every binary of experiments, as tests go through them."""
 
 import importlib
+import os
+import subprocess
+import sys
 from types import ModuleType
 
 from absl import flags
 
 from tests import paths
+
+
+def process(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a binary as users do."""
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", *arguments],
+        cwd=paths.REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def names() -> list[str]:

@@ -1,14 +1,10 @@
-import os
-import subprocess
-import sys
-
 import pytest
 from absl import flags
 
 from experiments import generate
 from experiments.shared import common, environment, flags_drafter, flags_model, naming
 from specjax.errors import ConfigError
-from tests import paths
+from tests.experiments import binaries
 
 
 def _values(*arguments: str) -> flags.FlagValues:
@@ -104,19 +100,8 @@ def test_environment_names_versions_and_device():
     assert record["jax"] and record["specjax"] and record["device_kind"] and record["command"]
 
 
-def _program(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.generate", *arguments],
-        cwd=paths.REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_bad_input_is_one_line_and_exit_code_2():
-    done = _program("--model=no/such/model.gguf", "--prompt=x")
+    done = binaries.process("generate", "--model=no/such/model.gguf", "--prompt=x")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -124,7 +109,7 @@ def test_bad_input_is_one_line_and_exit_code_2():
 
 
 def test_a_wrong_flag_value_fails_with_its_name():
-    done = _program("--model=m", "--prompt=x", "--dtype=float64")
+    done = binaries.process("generate", "--model=m", "--prompt=x", "--dtype=float64")
     assert done.returncode not in (0, None)
     assert "dtype" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr

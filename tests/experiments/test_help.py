@@ -1,16 +1,12 @@
 """`--help` of every binary: each flag once, under a heading; and what is said about flags that do not exist."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from absl import flags
 
 from experiments import generate
 from experiments.shared import flag_groups, flags_sampling
-from tests import paths
 from tests.experiments import binaries
 
 
@@ -77,28 +73,17 @@ def test_flags_of_an_inner_heading_stay_there_and_an_unknown_one_is_refused():
         pass
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.report", *arguments],
-        cwd=paths.REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_process_prints_help_and_refuses_unknown_flags():
-    helped = _run("-h")
+    helped = binaries.process("report", "-h")
     assert helped.returncode == 0
     assert helped.stdout.startswith("Tables and figures from result files")
     assert "--inputs=A,B,..." in helped.stdout and "--verbosity" not in helped.stdout
-    wrong = _run("--ouput=x")
+    wrong = binaries.process("report", "--ouput=x")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert wrong.stderr.count("\n") == 1
     assert "Did you mean: inputs, output" in wrong.stderr
-    full = _run("--helpfull")
+    full = binaries.process("report", "--helpfull")
     assert "--verbosity" in full.stdout and "--inputs" in full.stdout
 
 

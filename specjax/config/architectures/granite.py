@@ -7,13 +7,7 @@ from specjax.config.architectures.base import Architecture, Settings
 
 def _settings(config: Settings) -> Settings:
     parts.no_windows(config)
-    bias = read.flag(config, "attention_bias")
-    return {
-        "rope": parts.rope(config),
-        "hidden_act": parts.activation(config),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": read.flag(config, "mlp_bias"),
+    return parts.llama(config) | {
         "query_scale": read.number(config, "attention_multiplier", 1.0),
         "embedding_multiplier": read.number(config, "embedding_multiplier", 1.0),
         "residual_multiplier": read.number(config, "residual_multiplier", 1.0),

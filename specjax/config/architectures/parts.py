@@ -39,6 +39,18 @@ def rope(config: dict[str, Any], **defaults: Any) -> RopeConfig:
     return RopeConfig.from_hf(config, **defaults)
 
 
+def llama(config: dict[str, Any], **rope_defaults: Any) -> dict[str, Any]:
+    """The settings that Llama's configuration decides, which others share."""
+    bias = read.flag(config, "attention_bias")
+    return {
+        "rope": rope(config, **rope_defaults),
+        "hidden_act": activation(config),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": read.flag(config, "mlp_bias"),
+    }
+
+
 def refuse(config: dict[str, Any], *names: str, why: str) -> None:
     """Refuses flags under which the architecture computes something that is not implemented."""
     for name in names:

@@ -18,15 +18,9 @@ def _settings(config: Settings) -> Settings:
     if read.flag(config, "use_sliding_window") and config.get("sliding_window") is not None:
         window = read.size(config, "sliding_window")
     types = [parts.FULL if turn or window is None else parts.SLIDING for turn in turns]
-    bias = read.flag(config, "attention_bias")
-    return {
-        "rope": parts.rope(config, theta=2e6),
-        "hidden_act": parts.activation(config),
+    return parts.llama(config, theta=2e6) | {
         "windows": parts.typed_windows(config, types, window),
         "rotary": tuple(0 if turn else None for turn in turns),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": read.flag(config, "mlp_bias"),
     }
 
 
