@@ -18,6 +18,7 @@ from specjax.files import hub
 from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.models.prepare import Dequantize, Preparation
+from specjax.pallas import dispatch
 from specjax.quant import view
 from specjax.quantize import quantize as quantizing
 from specjax.quantize import recipe as recipes
@@ -34,7 +35,7 @@ class LoadOptions:
         scheme: activation scheme to run the checkpoint's codes under, e.g. "w4a8" for W4A16 codes.
         quantize: scheme to round the layers' linears to while loading (to nearest, of the decoded weights if they are
             quantized already; `specjax.convert` has better methods).
-        backend: kernels; see `specjax.pallas.dispatch`.
+        backend: kernels: a name, or a policy that `specjax.doctor` made; see `specjax.pallas.dispatch`.
         dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes, "fold" too, with the two
             levels of QQQ's group scales as one (fewer instructions per weight; not QQQ's own rounding); "auto" decides
             by backend.
@@ -53,7 +54,7 @@ class LoadOptions:
     dtype: str | None = None
     scheme: str | None = None
     quantize: str | None = None
-    backend: str = "auto"
+    backend: dispatch.Backend = "auto"
     dequantize: Dequantize = "auto"
     chat_template: str | None = None
     qserve_layernorm: bool = False

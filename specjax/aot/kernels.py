@@ -244,4 +244,4 @@ def _multiplies(taken: resources.Resources, target: Gpu, op: str = "") -> bool:
 
 
 def _matrix_instructions(target: Gpu) -> tuple[str, ...]:
-    return ("HGMMA", "IGMMA") if target.arch >= (9, 0) else ("HMMA", "IMMA")
+    return ("HGMMA", "IGMMA") if target.arch[0] == 9 else ("HMMA", "IMMA")

@@ -95,6 +95,9 @@ TARGETS: dict[str, Target] = {
     ),
     "rtx3090": _target("NVIDIA GeForce RTX 3090", (8, 6), 82, 936e9, 24e9, 6 << 20, 1.695),
     "rtx4090": _target("NVIDIA GeForce RTX 4090", (8, 9), 128, 1008e9, 24e9, 72 << 20, 2.52),
+    "b200": _target("NVIDIA B200", (10, 0), 148, 8e12, 180e9, 126 << 20, 1.965, **_DATA_CENTRE),
+    "rtx5090": _target("NVIDIA GeForce RTX 5090", (12, 0), 170, 1792e9, 32e9, 96 << 20, 2.407),
+    "spark": _target("NVIDIA GB10", (12, 1), 48, 273e9, 128e9, 24 << 20, 2.418),
     "l40": _target("NVIDIA L40", (8, 9), 142, 864e9, 48e9, 96 << 20, 2.49),
 }
 

@@ -26,6 +26,7 @@ from specjax.engine.metrics import Metrics
 from specjax.engine.program import CommandBuffers, Program
 from specjax.errors import CapacityError
 from specjax.models.llama import Llama
+from specjax.pallas import dispatch
 from specjax.verify.base import Acceptor
 
 MAX_CHUNK = 256  # prompt tokens per prefill pass; bounds the activations of long prompts
@@ -345,6 +346,7 @@ class Engine:
             and (depth is None or depth.lossless(self.drafter.num_nodes)),
             layer_runs=None if depth is None else _row(state.cache.depth.runs, index),
             inner_acceptance_histogram=inner,
+            quarantine=tuple(map(str, dispatch.policy(self.target.backend).quarantine)),
             trace=kept,
         )
         return Completion(request=slot.request, output_ids=output, stopped=stopped, metrics=metrics)

@@ -24,6 +24,7 @@ class Metrics:
         lossless: whether the acceptance rule, and where depth is routed the tree selection, keep the target's output.
         layer_runs: by layer, in how many of the steps it ran; None where all layers run always.
         inner_acceptance_histogram: rounds of a hierarchical drafter's own loop by number of accepted drafts; else None.
+        quarantine: families of kernels that were refused, and why (see `specjax.doctor`).
         trace: every step (see `specjax.engine.trace.Step`), where a record was asked for.
     """
 
@@ -38,6 +39,7 @@ class Metrics:
     lossless: bool = True
     layer_runs: tuple[int, ...] | None = None
     inner_acceptance_histogram: tuple[int, ...] | None = None
+    quarantine: tuple[str, ...] = ()
     trace: tuple[Step, ...] | None = None
 
     @property
@@ -94,6 +96,8 @@ class Metrics:
             fields["executed_fraction"] = self.executed_fraction
         if self.inner_acceptance_histogram is not None:
             fields["inner_acceptance_histogram"] = list(self.inner_acceptance_histogram)
+        if self.quarantine:
+            fields["quarantine"] = list(self.quarantine)
         if self.trace is not None:
             fields["trace"] = [step.to_dict() for step in self.trace]
         return fields

@@ -163,7 +163,7 @@ class Attention(nnx.Module):
         plain &= config.rope.rotary_fraction == 1 and not config.rope.interleaved
         fits = block.valid is None and plain
         fits = fits and glue.can_rotate_and_write(projected, keys, self.backend)
-        return fits and attention_op.kernel_takes(projected, keys, block.tail)
+        return fits and attention_op.kernel_takes(projected, keys, block.tail, self.backend)
 
     def __call__(self, x: Float[Array, "B T D"], block: Block, rope, keys, values):
         """Returns (output [B, T, D], perhaps in parts; keys, values)."""

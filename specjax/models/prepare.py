@@ -1,5 +1,6 @@
 """From the canonical form of a model to the form that runs: fused projections, weights as the backend wants them."""
 
+import dataclasses
 from typing import Literal, get_args
 
 import jax
@@ -34,7 +35,8 @@ class Preparation:
     weight-only linears become dense in the compute dtype, and linears with integer activations keep their integer
     arithmetic over decoded int8 codes. "never" keeps the codes; other schemes can then be viewed over the same arrays.
     "fold" keeps them too, with the two levels of QQQ's scales multiplied into one (`view.folded`).
-    Where there is a GPU that the kernels support, codes are packed as these read them (unless the backend is another).
+    Where there is a GPU, codes that a kernel of the backend reads there are packed for it. Others would be decoded on
+    every call: "auto" decodes them at load, too.
 
     Raises:
         ConfigError: unknown backend or policy.
@@ -44,10 +46,12 @@ class Preparation:
         if dequantize not in get_args(Dequantize):
             raise ConfigError(f"{dequantize=}: supported are {', '.join(get_args(Dequantize))}")
         gpu = device.current()
+        policy = dispatch.policy(backend)
         no_gpu = gpu is None and jax.default_backend() == "cpu"
-        on_cpu = backend in ("auto", "xla") and no_gpu
-        self._packs = backend in ("auto", "mosaic") and gpu is not None
+        on_cpu = policy.backend in ("auto", "xla") and no_gpu
+        self._packs = policy.backend != "xla" and gpu is not None
         self._at_load = dequantize == "load" or (dequantize == "auto" and on_cpu)
+        self._without_kernel = self._packs and policy.backend == "auto" and dequantize == "auto"
         self._folds = dequantize == "fold"
         self._backend, self._dtype = backend, dtype
 
@@ -63,12 +67,15 @@ class Preparation:
         """The linear with its codes packed, if the kernels can run it."""
         if not self._packs or self._at_load:
             return linear
-        return _map_quantized(packed_linear.pack, linear)
+        return _map_quantized(
+            lambda node: packed_linear.pack(node) if packed_linear.has_kernel(node) else node,
+            linear,
+        )
 
     def _decode(self, node: QuantizedLinear):
         if self._folds:
             return view.folded(node)
-        if not self._at_load:
+        if not self._at_load and not (self._without_kernel and not packed_linear.has_kernel(node)):
             return node
         if node.scheme.activations is None:
             return view.dequantized(node, self._dtype)
@@ -83,7 +90,7 @@ class Preparation:
             self_attn=attention.having(
                 o_proj=self.linear(attention.o_proj),
                 # There is no Triton kernel of attention: it takes what suits it.
-                backend="auto" if self._backend == "triton" else self._backend,
+                backend=_without_triton(self._backend),
                 **self._fused(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
             ),
             mlp=mlp.having(
@@ -110,6 +117,14 @@ def with_backend[Module](module: Module, backend: dispatch.Backend) -> Module:
         return node.having(backend=backend) if isinstance(node, Attention) else node
 
     return jax.tree.map(change, module, is_leaf=lambda node: isinstance(node, Attention))
+
+
+def _without_triton(backend: dispatch.Backend) -> dispatch.Backend:
+    """The backend of attention, for which there is no Triton kernel: where that is meant, it takes what suits it."""
+    policy = dispatch.policy(backend)
+    if policy.backend != "triton":
+        return backend
+    return dataclasses.replace(policy, backend="auto") if policy.quarantine else "auto"
 
 
 def _map_quantized(change, module):

@@ -16,9 +16,13 @@ SHARED_MEMORY = {
     (8, 9): 101376,
     (9, 0): 232448,
     (10, 0): 232448,
+    (10, 3): 232448,
+    (12, 0): 101376,
+    (12, 1): 101376,
 }
-# Compute capabilities that there are kernels for.
-ARCHS = ((9, 0), (8, 0), (8, 6), (8, 7), (8, 9))
+# Compute capabilities that Mosaic kernels are for. On the others Triton's run: Mosaic does not compile for consumer
+# Blackwell.
+ARCHS = ((9, 0), (8, 0), (8, 6), (8, 7), (8, 9), (10, 0), (10, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ def targeting(gpu: Gpu) -> Iterator[None]:
 
 
 def current() -> Gpu | None:
-    """The GPU that programs traced now will run on, or None: there is none, or none that Mosaic GPU can target."""
+    """The GPU that programs traced now will run on, or None: there is none, or none that this package knows."""
     return _target.get() or _at_hand()
 
 
@@ -80,11 +84,11 @@ def _at_hand() -> Gpu | None:
 
 
 def unsupported() -> str | None:
-    """Why no kernel of this package can run here, or None if one can: what an op's `refuses` asks first."""
+    """Why no Mosaic kernel of this package can run here, or None if one can: what an op's `refuses` asks first."""
     gpu = current()
     if gpu is None:
-        return "no NVIDIA GPU that Mosaic GPU can target"
+        return "no NVIDIA GPU that this package has kernels for"
     if gpu.arch not in ARCHS:
         known = ", ".join(f"sm_{major}{minor}" for major, minor in ARCHS)
-        return f"{gpu.kind} is sm_{gpu.arch[0]}{gpu.arch[1]}; there are kernels for {known}"
+        return f"{gpu.kind} is sm_{gpu.arch[0]}{gpu.arch[1]}; there are Mosaic kernels for {known}"
     return None

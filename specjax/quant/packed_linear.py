@@ -12,6 +12,7 @@ from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts
 from specjax.pallas.matmul import backends, packed
 from specjax.pallas.matmul.form import PackedWeight
+from specjax.pallas.matmul.formats import registry
 from specjax.quant import linear as canonical
 from specjax.quant.linear import QuantizedLinear
 from specjax.quant.scheme import ActivationSpec, Scheme
@@ -54,10 +55,12 @@ class PackedLinear:
     def parts(self, x: Float[Array, "... K"]) -> Parts | None:
         """The product before its parts are added, for kernels that add them; None where it has no such form here."""
         supported = device.unsupported() is None
-        mine = self.backend in ("auto", "mosaic") and x.dtype in (jnp.float16, jnp.bfloat16)
+        floats = x.dtype in (jnp.float16, jnp.bfloat16)
         plain = self.scheme.activations is None and self.bias is None
         rows = math.prod(x.shape[:-1])
-        if not (supported and mine and plain) or rows > backends.MAX_ROWS:
+        if not (supported and floats and plain) or rows > backends.MAX_ROWS:
+            return None
+        if not dispatch.permits(self.backend, self.weight.form.format.op(16), "mosaic"):
             return None
         from specjax.pallas.matmul import mosaic
 
@@ -88,6 +91,15 @@ nnx.register_data_type(PackedLinear)
 def operand_bits(scheme: Scheme) -> int:
     """Bits of the inputs that the kernel multiplies: 16, or 8 for all integers."""
     return 16 if scheme.activations is None else 8
+
+
+def has_kernel(linear: QuantizedLinear) -> bool:
+    """Whether a kernel that may run on this machine reads the packed form of a linear under its scheme."""
+    spec = linear.scheme.activations
+    input_bits = 16 if spec is None else spec.bits
+    if packed.refuses(linear, operand_bits(linear.scheme)) is not None:
+        return False
+    return backends.has_kernel(registry.of(linear), input_bits, linear.backend)
 
 
 def pack(linear: QuantizedLinear) -> PackedLinear | QuantizedLinear:

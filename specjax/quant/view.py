@@ -76,16 +76,13 @@ def _no_codes_message(scheme: Scheme, found: list[tuple[str, QuantizedLinear]]) 
     )
 
 
-def with_backend[Module](module: Module, backend: str) -> Module:
+def with_backend[Module](module: Module, backend: dispatch.Backend) -> Module:
     """The module with its quantized linears on `backend`; arrays are shared, not copied.
 
     Raises:
         SpecjaxError: there is no such backend.
     """
-    if backend not in dispatch.BACKENDS:
-        raise errors.SpecjaxError(
-            f"backend={backend!r} is unknown; known: {', '.join(dispatch.BACKENDS)}"
-        )
+    dispatch.policy(backend)
     return jax.tree.map(
         lambda node: node.with_backend(backend) if _is_quantized(node) else node,
         module,

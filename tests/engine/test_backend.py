@@ -10,7 +10,7 @@ import pytest
 from specjax import verify
 from specjax.aot import programs, shapes
 from specjax.engine import decode
-from specjax.pallas import device
+from specjax.pallas import device, dispatch
 from specjax.pallas.matmul import tiles
 
 OF_A_MODEL = {
@@ -28,7 +28,7 @@ DRAFTERS = {
 }
 
 
-def traced(backend: str, drafter: str):
+def traced(backend: dispatch.Backend, drafter: str):
     """The decoding loop of two layers of an 8B model, traced for an H100."""
     with device.targeting(tiles.typical((9, 0))):
         arguments = programs.decode_arguments(
@@ -58,3 +58,12 @@ def test_no_kernel_of_ours_runs_under_xla(drafter):
     assert not kernels(program) and not re.search(r"pallas|mpmd_map|core_map", str(program.jaxpr))
     text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.while" in text and "mosaic" not in text and "triton" not in text
+
+
+def test_families_in_quarantine_are_not_launched_and_the_others_are():
+    broken = tuple(
+        dispatch.Quarantined(op=op, backend="mosaic", reason="computes something else")
+        for op in ("glue", "matmul_w4a16")
+    )
+    found = kernels(traced(dispatch.Policy(quarantine=broken), "eagle"))
+    assert found == {"tree_attention", "combine_splits", "matmul_w8a16"}

@@ -60,9 +60,11 @@ def test_reasons_of_a_refusal_on_a_gpu():
         assert "second-level" in refusal(half(1, 256), second)
         floats = draw.make(lookup("fp4"), 64, 128, 32)
         assert "float4" in refusal(half(1, 128), floats)
-    blackwell = device.Gpu(kind="NVIDIA B200", arch=(10, 0), num_sms=148, shared_memory=232448)
-    with device.targeting(blackwell):
-        assert "sm_100" in refusal(half(1, 128), packing)
+    consumer = device.Gpu(
+        kind="NVIDIA GeForce RTX 5090", arch=(12, 0), num_sms=170, shared_memory=101376
+    )
+    with device.targeting(consumer):
+        assert "sm_120" in refusal(half(1, 128), packing)
 
 
 def test_prompts_go_through_the_decoded_weight():

@@ -202,9 +202,9 @@ def test_refusals():
     assert "24 slots" in mosaic.refuses(q, keys[:, :, :24], values[:, :, :24], **given)
     wide = given | {"tail": jnp.zeros((1, 4, 129), bool)}
     assert "129" in mosaic.refuses(q, keys, values, **wide)
-    other = device.Gpu(kind="B200", arch=(10, 0), num_sms=148, shared_memory=232448)
+    other = device.Gpu(kind="RTX 5090", arch=(12, 0), num_sms=170, shared_memory=101376)
     with device.targeting(other):
-        assert "sm_100" in device.unsupported()
+        assert "sm_120" in device.unsupported()
     assert "no NVIDIA GPU" in device.unsupported()
 
 

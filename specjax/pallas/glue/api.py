@@ -6,15 +6,18 @@ from jaxtyping import Array, Float, Int
 from specjax.pallas import device, dispatch
 from specjax.pallas.glue.parts import Parts, value
 
+OP = "glue"
 # Beyond this many rows XLA's own kernels have enough to do.
 _MAX_ROWS = 256
 
 
 def _kernels_run(backend: dispatch.Backend, *arrays) -> bool:
     """Whether this machine and these dtypes are for the kernels."""
-    if backend not in ("auto", "mosaic") or device.unsupported() is not None:
+    if device.unsupported() is not None:
         return False
-    return all(array.dtype in (jnp.bfloat16, jnp.float16) for array in arrays)
+    if not all(array.dtype in (jnp.bfloat16, jnp.float16) for array in arrays):
+        return False
+    return dispatch.permits(backend, OP, "mosaic")
 
 
 def residual_norm(

@@ -32,6 +32,21 @@ def implementations(format: Format, input_bits: int) -> tuple[dispatch.Implement
     return tuple(_IMPLEMENTATIONS[backend] for backend in format.backends(input_bits))
 
 
+def has_kernel(format: Format, input_bits: int, backend: dispatch.Backend) -> bool:
+    """Whether a kernel that may run on this machine multiplies packed weights of a format by such inputs."""
+    here = {"mosaic": lambda: device.unsupported() is None, "triton": _has_triton}
+    return any(
+        name in here and here[name]() and dispatch.permits(backend, format.op(input_bits), name)
+        for name in format.backends(input_bits)
+    )
+
+
+def _has_triton() -> bool:
+    from specjax.pallas.matmul import triton
+
+    return triton.unavailable() is None
+
+
 # Kernels are imported when one runs: the compilers of Pallas and Triton are of no use before.
 def _run_mosaic(rows, weight, **kwargs):
     from specjax.pallas.matmul import mosaic

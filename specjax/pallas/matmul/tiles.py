@@ -8,6 +8,7 @@ from specjax.pallas.matmul.ring import sums_columns
 
 # Multiprocessors of a typical device, by compute capability.
 _NUM_SMS = {(9, 0): 132, (8, 0): 108, (8, 6): 82, (8, 7): 16, (8, 9): 128}
+_NUM_SMS |= {(10, 0): 148, (10, 3): 160, (12, 0): 170, (12, 1): 48}
 _MAX_SPLITS = 16
 _MIN_STAGES, _MAX_STAGES = 3, 6
 # What a block costs besides its tiles (launch, first loads, store), in tiles; and a part more to add.

@@ -19,8 +19,8 @@ from specjax.pallas.matmul.form import TILE, PackedWeight
 # Rows per block that Triton's dot takes.
 _ROW_TILES = (16, 32, 64)
 _MAX_SPLITS = 8
-# Triton's assembler writes a newer PTX for Hopper than jaxlib's loader takes.
-_PTX_VERSIONS = {(9, 0): 88}
+# From Hopper on Triton writes a newer PTX than jaxlib's assembler and loader take; this one knows sm_121.
+_PTX_VERSION, _PTX_STATED_FROM = 88, (9, 0)
 
 
 def arch() -> tuple[int, int] | None:
@@ -73,7 +73,7 @@ def _partial_sums(x, weight: PackedWeight, block: int, arch) -> Float[Array, "P 
     splits = max(1, min(_MAX_SPLITS, 256 // form.n_tiles, form.k_tiles // 4))
     decoder = importlib.import_module(form.format.triton)
     codes = weight.codes.reshape(*weight.codes.shape[:3], -1, 4)
-    version = _PTX_VERSIONS.get(arch)
+    version = _PTX_VERSION if arch >= _PTX_STATED_FROM else None
     return jax_triton.triton_call(
         x,
         jax.lax.bitcast_convert_type(codes, jnp.int32),
@@ -113,13 +113,22 @@ def _epilogue(weight: PackedWeight):
     return scales, None
 
 
-def refuses(x, weight) -> str | None:
-    """Why this backend cannot take these arguments, or None."""
-    if arch() is None:
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    found = arch()
+    if found is None:
         return "no NVIDIA GPU"
     names = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if names:
         return f"{' and '.join(names)} not installed (pip install specjax[triton])"
+    return None
+
+
+def refuses(x, weight) -> str | None:
+    """Why this backend cannot take these arguments, or None."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
     if not isinstance(weight, PackedWeight):
         return packed.refuses_unpacked(weight)
     if weight.form.operand_bits != 16 or weight.form.format.triton is None:

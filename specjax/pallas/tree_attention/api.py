@@ -29,6 +29,7 @@ def _mosaic_refuses(*args, valid, window, scale, softcap, **kwargs) -> str | Non
     return mosaic.refuses(*args, **kwargs)
 
 
+OP = "tree_attention"
 IMPLEMENTATIONS = (
     dispatch.Implementation(backend="mosaic", run=_mosaic, refuses=_mosaic_refuses),
     dispatch.Implementation(backend="xla", run=reference.tree_attention),
@@ -55,7 +56,7 @@ def tree_attention(
         SpecjaxError: `backend` is unknown, not implemented for this op, or refuses these arguments.
     """
     return dispatch.run(
-        *("tree_attention", backend, IMPLEMENTATIONS, q, keys, values),
+        *(OP, backend, IMPLEMENTATIONS, q, keys, values),
         start=start,
         prefix=prefix,
         tail=tail,
@@ -67,14 +68,18 @@ def tree_attention(
 
 
 def kernel_takes(
-    projected: Parts, keys: Float[Array, "B K S C"], tail: Bool[Array, "B T W"] | None
+    projected: Parts,
+    keys: Float[Array, "B K S C"],
+    tail: Bool[Array, "B T W"] | None,
+    backend: dispatch.Backend = "auto",
 ) -> bool:
     """Whether `project_and_attend` can run here: as for `tree_attention`, with queries like the cache."""
     if device.unsupported() is not None:
         return False
     from specjax.pallas.tree_attention import mosaic
 
-    return mosaic.refuses_cache(keys, tail) is None and projected.dtype == keys.dtype
+    fits = mosaic.refuses_cache(keys, tail) is None and projected.dtype == keys.dtype
+    return fits and dispatch.permits(backend, OP, "mosaic")
 
 
 def project_and_attend(

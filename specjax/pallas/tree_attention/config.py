@@ -42,7 +42,7 @@ def heuristic(
 
     The split of a tree is that of a single token, so that both sum in the same order.
     """
-    hopper = gpu.arch >= (9, 0)
+    hopper = gpu.arch[0] == 9
     warpgroups = 2 if hopper and rows > ROWS else 1
     block = 64 if hopper or gpu.shared_memory > 128 * 1024 else 32
     while capacity % block and block > 16:

@@ -95,7 +95,7 @@ def attend(layout: Layout, packed, keys, values, *, start, prefix, tail, arch=No
     nodes, group = layout.nodes, layout.group
     mask = _mask_operand(layout, rows, start, tail)
     bounds = jnp.stack([start if tail is None else prefix, start], axis=1).astype(jnp.int32)
-    kernel = mosaic_sm90.kernel if arch >= (9, 0) else mosaic_sm80.kernel
+    kernel = mosaic_sm90.kernel if arch[0] == 9 else mosaic_sm80.kernel
     out, top, total = kernel(layout, packed, keys, values, mask, bounds)
     if channels % 128 == 0:
         return glue.combine(
