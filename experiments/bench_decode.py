@@ -43,6 +43,7 @@ from experiments.shared import (
     contest,
     environment,
     flag_groups,
+    flags_doctor,
     flags_model,
     flags_sampling,
     methods,
@@ -218,14 +219,15 @@ def _baseline(values: flags.FlagValues, model: specjax.LanguageModel) -> contest
 
 def _random_model(values: flags.FlagValues) -> random_model.RandomModel:
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    backend, command_buffers = flags_doctor.choice(values)
     return random_model.load(
         values.random_weights,
         scheme=values.scheme,
         group_size=values.group_size,
         dtype=dtype,
-        backend=values.backend,
+        backend=backend,
         dequantize=values.dequantize,
-        command_buffers=values.command_buffers,
+        command_buffers=command_buffers,
     )
 
 

@@ -30,6 +30,7 @@ from experiments.shared import (
     contest,
     environment,
     flag_groups,
+    flags_doctor,
     flags_model,
     flags_sampling,
     prompt_files,
@@ -136,7 +137,7 @@ def build(
         draft_model,
         dtype=target.dtype_name,
         quantize=quantizations["draft"],
-        backend=values.backend,
+        backend=flags_doctor.choice(values)[0],
         dequantize=values.dequantize,
     )
     spec = {"kind": "lm", "model": draft_model, "draft_depth": values.draft_depth}

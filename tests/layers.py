@@ -30,6 +30,7 @@ LAYERS = (
     ("loading", "from a path to a network that runs"),
     ("drafters", "what proposes trees; their registry"),
     ("engine", "the loop, batches, programs, metrics"),
+    ("doctor", "do the kernels work on this machine: checked in processes, remembered"),
     ("language_model", "text in, text out: `specjax.load`, `.generate`, `.stream`"),
     ("scoring", "logits and perplexity of given texts"),
     ("conversion", "`specjax.convert`"),

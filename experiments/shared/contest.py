@@ -90,6 +90,7 @@ def total_metrics(groups: Sequence[Sequence[specjax.GenerationResult]]) -> dict[
         batch_size=each[0].batch_size,
         new_tokens=sum(metrics.new_tokens for metrics in each),
         lossless=each[0].lossless,
+        quarantine=each[0].quarantine,
         layer_runs=_sums(each, "layer_runs"),
         inner_acceptance_histogram=_sums(each, "inner_acceptance_histogram"),
     )

@@ -10,7 +10,7 @@ import jax
 from absl import flags
 
 import specjax
-from experiments.shared import flag_groups
+from experiments.shared import flag_groups, flags_doctor
 from specjax.config import DTYPES
 from specjax.depth import build as routing
 from specjax.depth import selection
@@ -81,6 +81,7 @@ def _define_execution_flags(values: flags.FlagValues) -> None:
             "What CUDA graphs hold on a GPU: the whole decoding loop, the body of a step, or there are none (off).",
             flag_values=values,
         )
+        flags_doctor.define(values)
         flags.DEFINE_string(
             "compile_cache_dir", None, "Directory that keeps compiled programs.", flag_values=values
         )
@@ -142,14 +143,15 @@ def load_model(
     policy = dequantize(values, specs)
     if policy != values.dequantize:
         _log.warning("drafter 'self' reads the target's codes: --dequantize=%s is implied", policy)
+    backend, command_buffers = flags_doctor.choice(values)
     template = values.chat_template and Path(values.chat_template).read_text(encoding="utf-8")
     model = specjax.load(
         values.model,
         dtype=dtype or values.dtype,
         scheme=values.scheme,
         quantize=quantize,
-        backend=values.backend,
-        command_buffers=values.command_buffers,
+        backend=backend,
+        command_buffers=command_buffers,
         dequantize=policy,
         chat_template=template,
         qserve_layernorm=values.qserve_layernorm,

@@ -20,6 +20,7 @@ from specjax.errors import ConfigError
 from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.models.prepare import Preparation
+from specjax.pallas import dispatch
 from specjax.quant.dense_linear import Linear
 from specjax.verify import base
 from specjax.verify.greedy import Greedy
@@ -97,7 +98,7 @@ def load(
     scheme: str | None,
     group_size: int,
     dtype: str,
-    backend: str,
+    backend: dispatch.Backend,
     dequantize: str,
     command_buffers: CommandBuffers = "loop",
 ) -> RandomModel:
