@@ -7,16 +7,14 @@
 First the device's read bandwidth and bfloat16 matmul rate. Then per op, shape and number of rows: correctness on
 fresh random inputs, RMS(error) / RMS(reference), and the median time over rotated weights that no cache holds; beside
 it cuBLAS in bfloat16 on a weight of that shape, and XLA's dequantize-and-dot. --output gets one row each, appended as
-known; a kernel that fails gets a row with its error, and the others go on. --write_tuned tries tiles for
---tune_minutes, and writes the fastest to specjax/pallas/tuned. Needs an NVIDIA GPU.
+known. Kernels run in a process of their own: one that fails, hangs for --kernel_seconds or takes the process down gets
+a row with its error, and the others go on. --write_tuned tries tiles, in that process too, for --tune_minutes, and
+writes the fastest to --tuned_dir. Needs an NVIDIA GPU.
 """
 
-import math
-from collections.abc import Callable
+import contextlib
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -25,24 +23,19 @@ from tqdm import tqdm
 from experiments.shared import (
     common,
     contest,
-    environment,
     flag_groups,
     kernel_jobs,
+    kernel_server,
     kernel_tuning,
     records,
 )
-from experiments.shared import kernel_timing as timing
-from experiments.shared.kernel_jobs import Job, Request
+from experiments.shared.kernel_jobs import Request
+from specjax.doctor import workers
 from specjax.engine import program
 from specjax.errors import ConfigError
 from specjax.pallas import device
 
 OPS = kernel_jobs.OPS
-_TOLERANCE = {"float16": 2e-3, "bfloat16": 4e-3}
-_LIMITS = {
-    "read_bandwidth": lambda: timing.read_bandwidth(4 << 30),
-    "matmul_rate": lambda: timing.matmul_rate(8192),
-}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -54,7 +47,11 @@ def define_flags(values: flags.FlagValues) -> None:
         )
         flags.DEFINE_list("m", ["1", "8", "16", "32", "64"], "Rows.", flag_values=values)
         flags.DEFINE_list("contexts", ["1024", "4096"], "Cache lengths.", flag_values=values)
-        flags.DEFINE_enum("dtype", "float16", list(_TOLERANCE), "Float inputs.", flag_values=values)
+        flags.DEFINE_enum(
+            *("dtype", "float16", list(kernel_server.TOLERANCE), "Float inputs."),
+            flag_values=values,
+        )
+        flags.DEFINE_boolean("times", True, "Time, not only compare.", flag_values=values)
         flags.DEFINE_boolean("peers", True, "Time XLA's own matmuls too.", flag_values=values)
         flags.DEFINE_enum(
             "command_buffers",
@@ -63,17 +60,53 @@ def define_flags(values: flags.FlagValues) -> None:
             "What CUDA graphs hold; 'off' times without them.",
             flag_values=values,
         )
+        flags.DEFINE_string(
+            "kernels",
+            None,
+            "MODULE:FUNCTION whose results stand in for kernels; no GPU is needed then.",
+            flag_values=values,
+        )
+        _define_limits(values)
     with flag_groups.heading(values, "Output"):
         flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
         flags.DEFINE_boolean("write_tuned", False, "Tune tiles and write them.", flag_values=values)
+        flags.DEFINE_string(
+            *("tuned_dir", None, "Where to. Default: specjax/pallas/tuned."), flag_values=values
+        )
         flags.DEFINE_float("tune_minutes", 30.0, "Try no tiles after that.", flag_values=values)
+
+
+def _define_limits(values: flags.FlagValues) -> None:
+    flags.DEFINE_boolean(
+        *("processes", True, "Run kernels in a process that may hang or die."), flag_values=values
+    )
+    flags.DEFINE_float(
+        *("kernel_seconds", 120.0, "For one kernel, then its process is ended."),
+        lower_bound=0.1,
+        flag_values=values,
+    )
+    flags.DEFINE_float(*("total_seconds", None, "Begin no kernel after that."), flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
     """Measures, writes, prints the table."""
-    gpu = _gpu()
     output = None if values.output is None else records.check_output(values.output, ".jsonl")
-    requests = list(_requests(values, gpu))
+    with contextlib.closing(_worker(values)) as worker:
+        _run(values, worker, output)
+
+
+def _worker(values: flags.FlagValues) -> workers.Worker | kernel_server.Local:
+    names = ("dtype", "command_buffers", "times", "peers", "kernels")
+    settings = {name: values[name].value for name in names}
+    if not values.processes:
+        return kernel_server.Local(kernel_server.Server(**settings))
+    return workers.Worker(kernel_server.ENTRY, settings)
+
+
+def _run(values: flags.FlagValues, worker, output) -> None:
+    found = _asked(worker, {"device": True}, values.kernel_seconds)
+    gpu = _gpu(found)
+    requests = list(_requests(values))
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
@@ -81,40 +114,54 @@ def main(values: flags.FlagValues) -> None:
         if output is not None:
             records.append_rows(output, [row])
 
-    limits = _limits()
-    keep({"record": "device", **limits, "environment": environment.record()})
+    limits = _asked(worker, {"limits": True}, values.kernel_seconds) if values.times else {}
+    keep({"record": "device", **limits, "environment": found["environment"]})
     measured = {name: value for name, value in limits.items() if isinstance(value, float)}
-    print(f"{gpu.kind}:", ", ".join(f"{name} {value:.3g}/s" for name, value in limits.items()))
+    print(f"{gpu.kind}:", ", ".join(f"{name} {value:.3g}/s" for name, value in measured.items()))
+    clock = kernel_tuning.Clock(values.total_seconds)
     lost = None
     for request in tqdm(requests, unit="kernel", disable=None):
-        row = _facts(request, values.dtype)
-        if lost is None:
-            row |= attempt(lambda request=request: measure(request.make(), measured, values))
-            if "error" in row and not timing.device_answers():
-                lost = f"{request.op} {request.shape}, {request.rows} rows"
-                row["device_lost"] = True
+        row = {"record": "kernel", **_facts(request), "shape": request.label, "dtype": values.dtype}
+        if lost is not None:
+            keep(row | {"error": f"not run: the device was lost in {lost}"})
+        elif clock.up:
+            keep(row | {"error": f"not run: {values.total_seconds:g} s were up"})
         else:
-            row["error"] = f"not run: the device was lost in {lost}"
-        keep(row)
+            question = _facts(request) | {"context": request.context, "limits": measured}
+            row |= _asked(worker, question, clock.at_most(values.kernel_seconds))
+            if row.get("error") and values.processes:
+                worker.close()  # after a fault nothing runs in that process; the next one is sound
+            elif row.get("device_lost"):
+                lost = f"{request.op} {request.label}, {request.rows} rows"
+            keep(row)
     print_table(rows[1:])
     if values.write_tuned:
-        _tune(values, gpu)
+        _tune(values, gpu, worker)
 
 
-def _gpu() -> device.Gpu:
-    gpu = device.current()
-    if gpu is None or jax.default_backend() != "gpu":
+def _asked(worker, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The answer; a hang or the end of the process as an error."""
+    try:
+        return worker.ask(question, seconds)
+    except workers.Lost as error:
+        tail = " ".join(error.last_lines.split())[-300:]
+        return {"error": f"{error}: {tail}" if tail else str(error)}
+
+
+def _gpu(found: dict[str, Any]) -> device.Gpu:
+    if "error" in found:
+        raise ConfigError(f"bench_kernel: its process did not start: {found['error']}")
+    if "missing" in found:
         raise ConfigError(
-            f"bench_kernel needs an NVIDIA GPU that Mosaic supports; JAX has {jax.devices()[0].device_kind}. "
+            f"bench_kernel needs an NVIDIA GPU that Mosaic supports; JAX has {found['missing']}. "
             "Without one, experiments.aot_compile tells what the kernels take"
         )
-    return gpu
+    return device.Gpu(**found["gpu"] | {"arch": tuple(found["gpu"]["arch"])})
 
 
-def _requests(values: flags.FlagValues, gpu: device.Gpu):
+def _requests(values: flags.FlagValues):
     return kernel_jobs.requests(
-        *(values.ops, values.shapes, _whole_numbers(values.m), _whole_numbers(values.contexts)),
-        *(values.dtype, gpu.arch),
+        *(values.ops, values.shapes, _whole_numbers(values.m), _whole_numbers(values.contexts))
     )
 
 
@@ -125,80 +172,19 @@ def _whole_numbers(values: list[str]) -> list[int]:
         raise ConfigError("--m and --contexts: expected lists of whole numbers") from None
 
 
-def _tune(values: flags.FlagValues, gpu: device.Gpu) -> None:
+def _tune(values: flags.FlagValues, gpu: device.Gpu, worker) -> None:
     written = kernel_tuning.write_tuned(
-        *(values.ops, values.shapes, _whole_numbers(values.m), values.dtype, gpu),
+        *(values.ops, values.shapes, _whole_numbers(values.m), gpu, worker),
         seconds=values.tune_minutes * 60,
+        kernel_seconds=values.kernel_seconds,
+        folder=values.tuned_dir,
     )
     for path, names in written.items():
         print(f"tuned tiles of {', '.join(names)} -> {path}")
 
 
-def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` returns; where it raises, the error as a row: one kernel must not end the run of the others."""
-    try:
-        return work()
-    except Exception as error:  # whatever lowering, a compiler or a launch raises is the result
-        text = " ".join(str(error).split())[:500]
-        return {"error": f"{type(error).__name__}: {text}"}
-
-
-def _limits() -> dict[str, float | str]:
-    """Bytes and operations per second that this device reaches, or why they are not known."""
-    found = {}
-    for name, measured in _LIMITS.items():
-        tried = attempt(lambda measured=measured: {"value": float(measured())})
-        found[name] = tried.get("value", tried.get("error"))
-    return found
-
-
-def _facts(request: Request, dtype: str) -> dict[str, Any]:
-    facts = {"op": request.op, "shape": request.shape, "rows": request.rows, "dtype": dtype}
-    return {"record": "kernel", **facts}
-
-
-def measure(job: Job, limits: dict[str, float], values: flags.FlagValues) -> dict[str, Any]:
-    """Correctness and times of a job; times are left out where they cannot be had."""
-    x, weights = job.draw_x(1), job.rotated_weights()
-    got = np.asarray(jax.jit(job.kernel)(x, *weights[0]), np.float64)
-    wanted = np.asarray(jax.jit(job.reference)(x, *weights[0]), np.float64)
-    error = float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
-    row = {
-        "relative_error": error if math.isfinite(error) else None,
-        "correct": error <= _TOLERANCE[values.dtype],
-        "bytes": job.num_bytes,
-        "flops": job.flops,
-    }
-    timed = attempt(lambda: _times(job, x, weights, limits, values))
-    return row | timed
-
-
-def _times(job: Job, x, weights, limits, values: flags.FlagValues) -> dict[str, Any]:
-    buffers = values.command_buffers
-    times = timing.seconds_per_call(job.kernel, x, weights, command_buffers=buffers)
-    seconds = float(np.median(times))
-    row = {
-        "us": seconds * 1e6,
-        "us_quartiles": [float(q) * 1e6 for q in np.percentile(times, [25, 75])],
-    }
-    if len(limits) == len(_LIMITS):
-        floor = max(job.num_bytes / limits["read_bandwidth"], job.flops / limits["matmul_rate"])
-        row["roofline_us"] = floor * 1e6
-        row["roofline_share"] = floor / seconds if seconds > 0 else None
-    return row | (_peers(job, x, weights, buffers) if values.peers else {})
-
-
-def _peers(job: Job, x, weights, buffers: str) -> dict[str, float]:
-    few = weights[: max(1, len(weights) // 4)]
-    times = timing.seconds_per_call(job.reference, x, few, 8, buffers)
-    found = {"xla_us": float(np.median(times)) * 1e6}
-    if job.shape_nk is not None:
-        dense = kernel_jobs.dense_peer(job)
-        times = timing.seconds_per_call(
-            dense.kernel, dense.draw_x(99), dense.rotated_weights(), command_buffers=buffers
-        )
-        found["cublas_bf16_us"] = float(np.median(times)) * 1e6
-    return found
+def _facts(request: Request) -> dict[str, Any]:
+    return {"op": request.op, "shape": request.shape, "rows": request.rows}
 
 
 def print_table(rows: list[dict[str, Any]], console: Console | None = None) -> None:

@@ -13,7 +13,6 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments.shared import flag_groups
-from specjax.errors import SpecjaxError
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -34,7 +33,9 @@ def guarded(main: Callable[[flags.FlagValues], None], values: flags.FlagValues) 
     """Runs `main`; bad input becomes one line on stderr. Returns the exit code."""
     try:
         main(values)
-    except (SpecjaxError, OSError) as error:
+    except Exception as error:
+        if not _is_bad_input(error):
+            raise
         return _refused(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -80,6 +81,12 @@ class _Help(flags.BooleanFlag):
         if self._parse(argument):
             print(self._text())
             sys.exit(0)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """Whether it is an OSError or a SpecjaxError; by name, so that a binary can do without JAX, which that brings."""
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return isinstance(error, OSError) or "specjax.errors.SpecjaxError" in kinds
 
 
 def _unexpected(arguments: Sequence[str]) -> str:

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.shared import kernel_timing as timing
 from specjax.aot import kernels
+from specjax.doctor import cases
 from specjax.errors import ConfigError
 from specjax.pallas.matmul import specs
-from specjax.pallas.matmul.formats.base import Format
 
 OPS = (*kernels.MATMULS, "tree_attention")
 # A buffer set must exceed the last-level cache of any GPU there is.
@@ -55,26 +54,26 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A job that has not been made yet: making one may fail as well as running it.
+    """A job to make: making one may fail as well as running it.
 
     Attributes:
         op, shape, rows: what.
-        make: makes the job.
+        context: tokens in the cache before them, of attention.
     """
 
     op: str
     shape: str
     rows: int
-    make: Callable[[], Job]
+    context: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The shape, in results."""
+        return self.shape if self.context is None else f"{self.shape}/context {self.context}"
 
 
 def requests(
-    ops: Sequence[str],
-    shapes: Sequence[str],
-    counts: Sequence[int],
-    contexts: Sequence[int],
-    dtype: str,
-    arch: tuple[int, int],
+    ops: Sequence[str], shapes: Sequence[str], counts: Sequence[int], contexts: Sequence[int]
 ) -> Iterator[Request]:
     """Every op at every shape and number of rows.
 
@@ -87,14 +86,11 @@ def requests(
     for op in ops:
         if op == "tree_attention":
             for shape, context, rows in itertools.product(shapes, contexts, counts):
-                make = functools.partial(attention_job, shape, context, rows, dtype)
-                yield Request(op=op, shape=f"{shape}/context {context}", rows=rows, make=make)
+                yield Request(op=op, shape=shape, rows=rows, context=context)
             continue
-        for name, spec in specs.of(op).items():
+        for name in specs.of(op):
             if name.partition("/")[0] in shapes:
-                for rows in counts:
-                    make = functools.partial(matmul_job, spec, rows, dtype, arch)
-                    yield Request(op=op, shape=name, rows=rows, make=make)
+                yield from (Request(op=op, shape=name, rows=rows) for rows in counts)
 
 
 def matmul_job(spec: specs.Spec, rows: int, dtype: str, arch: tuple[int, int]) -> Job:
@@ -137,7 +133,7 @@ def matmul_reference(names: tuple[str, ...], x, *weights):
 
 def draw_weight(spec: specs.Spec, seed: int):
     """A packed weight of random codes under tables of usual sizes; on the device but for the tables."""
-    return _packed(spec)(jax.random.key(seed), _tables(spec))
+    return _packed(spec)(jax.random.key(seed), cases.tables(spec))
 
 
 @functools.lru_cache(maxsize=4)
@@ -153,23 +149,6 @@ def _packed(spec: specs.Spec) -> Callable:
         return spec.pack({**tables, "codes": codes.astype(abstract.dtype)})
 
     return jax.jit(draw)
-
-
-@functools.lru_cache(maxsize=4)
-def _tables(spec: specs.Spec) -> dict[str, np.ndarray | None]:
-    """Scales and what else the weight has: plain normal numbers would round whole formats to zero."""
-    rng, abstract = np.random.default_rng(0), spec.canonical()
-    shape = spec.n, spec.k // spec.group_size
-    of_groups = abstract["channel_scales"] is not None or not spec.format.two_level
-    drawn = (spec.format.random_tables if of_groups else Format.random_tables.__get__(spec.format))(
-        rng, *shape
-    )
-    drawn["minima"] = rng.normal(0, 0.1, shape)
-    return {
-        name: None if array is None else drawn[name].astype(array.dtype)
-        for name, array in abstract.items()
-        if name != "codes"
-    }
 
 
 def attention_job(shape: str, context: int, rows: int, dtype: str) -> Job:

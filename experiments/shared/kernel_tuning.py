@@ -1,6 +1,5 @@
 """Tiles of the matmul kernels by trial: the fastest are written to specjax/pallas/tuned, weight by weight."""
 
-import functools
 import itertools
 import json
 import logging
@@ -9,33 +8,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from experiments.shared import kernel_jobs
-from experiments.shared import kernel_timing as timing
 from specjax.aot import kernels
+from specjax.doctor import workers
 from specjax.errors import SpecjaxError
 from specjax.pallas import device, tuned
 from specjax.pallas.matmul import mosaic, specs, tiles
-from specjax.pallas.matmul.plan import Config
 
-_LINKS = 16
 _logger = logging.getLogger(__name__)
+
+
+class Clock:
+    """Time that runs out; None: it does not."""
+
+    def __init__(self, seconds: float | None):
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def up(self) -> bool:
+        """It has."""
+        return self._end is not None and time.monotonic() >= self._end
+
+    def at_most(self, seconds: float) -> float:
+        """So many, or what is left."""
+        return (
+            seconds if self._end is None else max(0.0, min(seconds, self._end - time.monotonic()))
+        )
 
 
 def write_tuned(
     ops: Sequence[str],
     shapes: Sequence[str],
     counts: Sequence[int],
-    dtype: str,
     gpu: device.Gpu,
+    worker,
     seconds: float,
-    folder: Path | None = None,
+    kernel_seconds: float = 120.0,
+    folder: str | Path | None = None,
 ) -> dict[Path, list[str]]:
     """Tries tiles for every weight of the shapes; writes those with the least time, summed over the rows.
 
     Args:
+        worker: answers as `kernel_server.Server` does, in a process that tiles which hang or fault may take down.
         seconds: after which nothing new is tried; a weight that was reached by then gets the best found so far.
+        kernel_seconds: for tiles that hang.
         folder: of the tables; default: this package's.
     Returns:
         weights written, by file.
@@ -43,17 +58,18 @@ def write_tuned(
     Raises:
         SpecjaxError: the device was lost; what was written before stays.
     """
-    deadline, written = time.monotonic() + seconds, {}
-    folder = Path(tuned.__file__).parent if folder is None else folder
+    clock, written = Clock(seconds), {}
+    folder = Path(tuned.__file__).parent if folder is None else Path(folder)
     for op in ops:
         if op not in kernels.MATMULS:
             continue
         path = folder / tuned.folder_name(gpu.kind) / f"{op}.json"
         entries = json.loads(path.read_text()) if path.is_file() else {}
         for name, spec in specs.of(op).items():
-            if name.partition("/")[0] not in shapes or time.monotonic() > deadline:
+            if name.partition("/")[0] not in shapes or clock.up:
                 continue
-            entry = _tuned_entry(op, spec, counts, dtype, gpu, deadline)
+            trial = _Trial(worker, {"op": op, "shape": name}, kernel_seconds, clock)
+            entry = _tuned_entry(spec, counts, gpu, trial)
             if entry is None:
                 _logger.warning("%s %s: no tiles ran on %s in the time given", op, name, gpu.kind)
                 continue
@@ -65,6 +81,32 @@ def write_tuned(
     return written
 
 
+class _Trial:
+    """Times tiles of one weight."""
+
+    def __init__(self, worker, facts: dict[str, Any], kernel_seconds: float, clock: Clock):
+        self._worker, self._facts = worker, facts
+        self._seconds, self.clock = kernel_seconds, clock
+
+    def __call__(self, rows: int, config: dict[str, int]) -> float | None:
+        """Seconds; None where these tiles do not compile, fit or run.
+
+        Raises:
+            SpecjaxError: nothing runs on the device any more.
+        """
+        request = self._facts | {"rows": rows, "config": config}
+        try:
+            answer = self._worker.ask(request, self.clock.at_most(self._seconds))
+        except workers.Lost as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            _logger.info("%s: %s", config, answer["error"])
+            if answer.get("device_lost"):
+                raise SpecjaxError(f"{config}: the device was lost: {answer['error']}")
+            self._worker.close()
+        return answer.get("seconds")
+
+
 def _write(path: Path, entries: dict[str, Any]) -> None:
     text = json.dumps(entries, indent=1)
     tuned.parse(text, str(path))
@@ -74,13 +116,10 @@ def _write(path: Path, entries: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _tuned_entry(op: str, spec, counts, dtype, gpu, deadline: float) -> dict[str, Any] | None:
+def _tuned_entry(spec, counts, gpu, trial: _Trial) -> dict[str, Any] | None:
     """The splits that are best over all row counts, and for each row tile the best steps and stages under them."""
     form, best = spec.weight().form, {}
     row_tiles = sorted({mosaic.m_tile(count, spec.operand_bits, gpu.arch) for count in counts})
-    jobs = {tile: kernel_jobs.matmul_job(spec, tile, dtype, gpu.arch) for tile in row_tiles}
-    copies = range(jobs[row_tiles[0]].copies)
-    drawn = [kernel_jobs.draw_weight(spec, 2 + i) for i in copies]
     first = tiles.heuristic(form, row_tiles[0], spec.operand_bits, gpu).splits
     places = form.k_tiles // form.split_tiles
     # The heuristic's own first: what is known when time is up is at least that.
@@ -88,8 +127,7 @@ def _tuned_entry(op: str, spec, counts, dtype, gpu, deadline: float) -> dict[str
     for splits in (s for s in options if 1 <= s <= places):
         total, rows = 0.0, {}
         for tile in row_tiles:
-            weights = [jobs[tile].draw_weights(2 + i, drawn[i]) for i in copies]
-            found = _best_config(jobs[tile], weights, form, splits, deadline)
+            found = _best_config(tile, form, splits, trial)
             if found is None:
                 break
             seconds, rows[str(tile)] = found
@@ -99,31 +137,14 @@ def _tuned_entry(op: str, spec, counts, dtype, gpu, deadline: float) -> dict[str
     return {"splits": best["splits"], "rows": best["rows"]} if best else None
 
 
-def _best_config(job, weights, form, splits: int, deadline: float):
+def _best_config(tile: int, form, splits: int, trial: _Trial):
     """(seconds, steps and stages) of the fastest tiles; None where none ran."""
     found = []
-    x = job.draw_x(1)
     for steps, stages in itertools.product((1, 2, 4), (3, 4, 5, 6)):
-        if form.split_tiles % steps or time.monotonic() > deadline:
+        if form.split_tiles % steps or trial.clock.up:
             continue
-        config = Config(tiles_per_step=steps, num_stages=stages, splits=splits)
-        seconds = _time_config(job, x, weights, config)
+        config = {"tiles_per_step": steps, "num_stages": stages}
+        seconds = trial(tile, config | {"splits": splits})
         if seconds is not None:
-            found.append((seconds, {"tiles_per_step": steps, "num_stages": stages}))
+            found.append((seconds, config))
     return min(found, key=lambda pair: pair[0]) if found else None
-
-
-def _time_config(job, x, weights, config: Config) -> float | None:
-    """Seconds with these tiles; None where they do not compile, fit or run.
-
-    Raises:
-        SpecjaxError: nothing runs on the device any more.
-    """
-    kernel = functools.partial(job.kernel, config=config)
-    try:
-        return float(np.median(timing.seconds_per_call(kernel, x, weights, _LINKS)))
-    except Exception as error:  # a refusal, or whatever lowering, a compiler or a launch raises
-        _logger.info("%s: %s", config, error)
-        if not timing.device_answers():
-            raise SpecjaxError(f"{config}: the device was lost: {error}") from error
-        return None

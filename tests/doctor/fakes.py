@@ -36,6 +36,20 @@ def broken(op: str, reference: Callable) -> Callable:
     return kernel
 
 
+def stuck(op: str, reference: Callable) -> Callable:
+    """As `broken`, of which only what hangs and what dies."""
+    kind = {"matmul_w8a16": "hang", "tree_attention": "die"}.get(op)
+
+    def kernel(*arguments):
+        if kind == "hang":
+            time.sleep(1e6)
+        if kind == "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return reference(*arguments)
+
+    return kernel
+
+
 def checker(op: str) -> Checker:
     """A family of two small cases; under "graph" it fails in loops with graphs only."""
     arguments = (jnp.ones((4,)),)

@@ -1,5 +1,6 @@
 """The harness of the kernels on a CPU, the references standing in for them: what a first run on a GPU relies on."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import bench_kernel
-from experiments.shared import common, kernel_jobs, kernel_tuning
+from experiments.shared import common, kernel_jobs, kernel_server, kernel_tuning
 from experiments.shared import kernel_timing as timing
 from specjax.errors import ConfigError, SpecjaxError
 from specjax.pallas import device, tuned
@@ -36,9 +37,9 @@ def stand_in(small, monkeypatch):
 
     monkeypatch.setattr(kernel_jobs, "matmul_kernel", kernel)
     monkeypatch.setattr(attention, "tree_attention", attention_reference.tree_attention)
-    monkeypatch.setattr(bench_kernel, "_gpu", lambda: GPU)
+    monkeypatch.setattr(kernel_server.Server, "_gpu", lambda server: GPU)
     limits = {"read_bandwidth": lambda: 1e12, "matmul_rate": lambda: 1e14}
-    monkeypatch.setattr(bench_kernel, "_LIMITS", limits)
+    monkeypatch.setattr(kernel_server, "LIMITS", limits)
 
 
 @pytest.fixture
@@ -52,12 +53,13 @@ def rows_of(path) -> list[dict]:
 
 
 @pytest.mark.parametrize("op", kernel_jobs.OPS)
-def test_kernel_and_reference_agree_on_shapes(op, small):
+def test_kernel_and_reference_agree_on_shapes(op, small, monkeypatch):
     """Every variant of every op: both take the arguments that are drawn for them, and return alike."""
-    arguments = (["llama3-8b"], [3], [61], "float16", GPU.arch)
     with device.targeting(GPU):
-        for request in kernel_jobs.requests([op], *arguments):
-            job = request.make()
+        for request in kernel_jobs.requests([op], ["llama3-8b"], [3], [61]):
+            server = kernel_server.Server()
+            monkeypatch.setattr(server, "_gpu", lambda: GPU)
+            job = server._job(dataclasses.asdict(request))
             given = jax.eval_shape(job.draw_x, 1), *jax.eval_shape(job.draw_weights, 2)
             kernel, reference = (jax.eval_shape(run, *given) for run in (job.kernel, job.reference))
             assert (kernel.shape, kernel.dtype) == (reference.shape, reference.dtype), request
@@ -68,7 +70,7 @@ def test_every_row_is_there_correct_and_timed(op, stand_in, instant, tmp_path):
     """All variants of an op, or all that the default flags ask for; --m and --contexts only for less work."""
     output = tmp_path / "rows.jsonl"
     arguments = ["--m=3", "--contexts=61", f"--output={output}"] + [f"--ops={op}"] * bool(op)
-    bench_kernel.main(common.parse(bench_kernel.define_flags, arguments))
+    bench_kernel.main(common.parse(bench_kernel.define_flags, [*arguments, "--noprocesses"]))
     first, *rows = rows_of(output)
     assert first["record"] == "device" and first["read_bandwidth"] == 1e12
     assert {row["op"] for row in rows} == ({op} if op else set(bench_kernel.OPS))
@@ -91,7 +93,7 @@ def test_what_a_kernel_raises_is_its_row_and_the_others_go_on(
 
     monkeypatch.setattr(kernel_jobs, "matmul_kernel", kernel)
     arguments = ["--ops=matmul_w8a8", "--m=1,2,3", f"--output={output}"]
-    bench_kernel.main(common.parse(bench_kernel.define_flags, arguments))
+    bench_kernel.main(common.parse(bench_kernel.define_flags, [*arguments, "--noprocesses"]))
     _, *rows = rows_of(output)
     assert [row["rows"] for row in rows] == [1, 2, 3] * (len(rows) // 3)
     assert rows[0]["error"] == "NotImplementedError: no layout for one row"
@@ -114,7 +116,7 @@ def test_after_a_fault_of_the_device_the_others_are_named_as_not_run(
     monkeypatch.setattr(kernel_jobs, "matmul_kernel", kernel)
     monkeypatch.setattr(timing, "device_answers", lambda: False)
     arguments = ["--ops=matmul_w8a8", "--m=1,2", f"--output={output}"]
-    bench_kernel.main(common.parse(bench_kernel.define_flags, arguments))
+    bench_kernel.main(common.parse(bench_kernel.define_flags, [*arguments, "--noprocesses"]))
     _, first, *rest = rows_of(output)
     assert "MISALIGNED" in first["error"] and first["device_lost"]
     assert rest and all("the device was lost in matmul_w8a8" in row["error"] for row in rest)
@@ -123,7 +125,7 @@ def test_after_a_fault_of_the_device_the_others_are_named_as_not_run(
 def test_unknown_ops_and_numbers_are_refused(stand_in):
     for flag, message in (("--ops=matmul", "op='matmul' is unknown"), ("--m=x", "whole numbers")):
         with pytest.raises(ConfigError, match=message):
-            bench_kernel.main(common.parse(bench_kernel.define_flags, [flag]))
+            bench_kernel.main(common.parse(bench_kernel.define_flags, [flag, "--noprocesses"]))
 
 
 def test_the_device_answers_and_a_chain_runs_each_link():
@@ -132,8 +134,23 @@ def test_the_device_answers_and_a_chain_runs_each_link():
     assert len(timing.seconds_per_call(lambda x, w: x * w, x, weights, links=3)) > 1
 
 
+@pytest.mark.slow
+def test_kernels_that_hang_or_take_their_process_down_cost_their_rows_only(tmp_path):
+    output = tmp_path / "rows.jsonl"
+    arguments = ["--ops=tree_attention,matmul_w8a16,matmul_w8a8", "--shapes=smollm2-135m", "--m=1"]
+    arguments += ["--contexts=61", "--notimes", "--kernels=tests.doctor.fakes:stuck"]
+    arguments += ["--kernel_seconds=8", f"--output={output}"]
+    bench_kernel.main(common.parse(bench_kernel.define_flags, arguments))
+    _, *rows = rows_of(output)
+    of = {op: [row for row in rows if row["op"] == op] for op in bench_kernel.OPS}
+    assert all("SIGSEGV (the kernel, to compare)" in row["error"] for row in of["tree_attention"])
+    assert all("no answer in 8 s" in row["error"] for row in of["matmul_w8a16"])
+    assert all(row["correct"] for row in of["matmul_w8a8"]) and len(of["matmul_w8a8"]) == 4
+
+
 def tune(tmp_path, seconds: float = 600):
-    arguments = ["matmul_w8a16"], ["llama3-8b"], [1, 8], "float16", GPU
+    worker = kernel_server.Local(kernel_server.Server())
+    arguments = ["matmul_w8a16"], ["llama3-8b"], [1, 8], GPU, worker
     return kernel_tuning.write_tuned(*arguments, seconds=seconds, folder=tmp_path)
 
 
