@@ -101,13 +101,16 @@ def load(
     backend: dispatch.Backend,
     dequantize: str,
     command_buffers: CommandBuffers = "loop",
+    num_layers: int | None = None,
 ) -> RandomModel:
-    """A model of a real shape, prepared layer by layer.
+    """A model of a real shape, prepared layer by layer; `num_layers` of them, default all.
 
     Raises:
         ConfigError: unknown shape or scheme, or a group size that does not fit.
     """
     config = shapes.lookup(shape)
+    if num_layers is not None:
+        config = dataclasses.replace(config, num_layers=num_layers)
     scheme = None if scheme in (None, "dense") else scheme
     checkpoint = RandomCheckpoint(config, scheme, group_size, dtype)
     preparation = Preparation(backend, dequantize, jnp.dtype(dtype))

@@ -6,6 +6,7 @@ another. Nothing here needs JAX.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 Handler = Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]]
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve()"
 _TAIL_BYTES = 2000
+_PR_SET_PDEATHSIG = 1
 
 
 class Lost(Exception):
@@ -55,7 +57,7 @@ class Worker:
         settings: Mapping[str, str] | None = None,
         start_seconds: float = 120.0,
     ):
-        self._first = {"entry": entry, "arguments": dict(arguments or {})}
+        self._first = {"entry": entry, "arguments": dict(arguments or {}), "parent": os.getpid()}
         self._settings = [f"{name}={value}" for name, value in (settings or {}).items()]
         self._start_seconds = start_seconds
         self._process: subprocess.Popen | None = None
@@ -164,6 +166,7 @@ def serve() -> None:
         answers.flush()
 
     first = json.loads(sys.stdin.readline())
+    _end_with(first["parent"])
     handler = entry(first["entry"])(**first["arguments"])
     send({"ready": True})
     for line in sys.stdin:
@@ -172,6 +175,14 @@ def serve() -> None:
         except Exception as error:  # whatever lowering, a compiler or a launch raises is the answer
             answer = {"error": described(error)}
         send(answer)
+
+
+def _end_with(parent: int) -> None:
+    """Asks Linux to end this process when the thread that started it is gone: a hung one would not notice itself."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def entry(name: str) -> Callable:

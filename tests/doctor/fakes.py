@@ -85,3 +85,13 @@ def absent() -> Checker:
 def unwell() -> Checker:
     """A process that does not start."""
     raise RuntimeError("CUDA_ERROR_SYSTEM_NOT_READY")
+
+
+def sleeper() -> Callable:
+    """A handler that never answers."""
+
+    def handler(request, stage):
+        stage("asleep")
+        time.sleep(1e6)
+
+    return handler

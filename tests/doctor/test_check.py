@@ -4,6 +4,10 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +105,29 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         made = doctor.known_or_checked(tmp_path / "file" / "below", [])
     assert made.families == () and "cannot be kept" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_with_its_parent():
+    """The parent of the doctor may be ended too: nothing may go on holding the GPU."""
+    code = (
+        "import os, threading, time\n"
+        "from specjax.doctor.workers import Worker\n"
+        "worker = Worker('tests.doctor.fakes:sleeper')\n"
+        "threading.Thread(target=lambda: worker.ask({}, 1000), daemon=True).start()\n"
+        "while worker._stage != 'asleep': time.sleep(0.1)\n"
+        "print(worker._process.pid, flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=paths.REPOSITORY, stdout=subprocess.PIPE) as parent:
+        place = Path("/proc", parent.stdout.readline().decode().strip(), "stat")
+        assert place.exists()
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while place.exists() and place.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.fixture
