@@ -16,14 +16,17 @@ from specjax.config import ModelConfig, RopeConfig
 from specjax.decoding import sampling as sample
 from specjax.drafters import eagle as eagle_drafter
 from specjax.drafters import medusa as medusa_drafter
+from specjax.drafters.arrangements import Chain
 from specjax.drafters.base import Drafter
+from specjax.drafters.feature_chain import FeatureChain
 from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
+from specjax.drafters.one_pass import OnePass
 from specjax.drafters.self_draft import SelfDraft
 from specjax.engine.engine import Completion, Engine, Programs, Request
-from specjax.models import eagle, eagle3, llama, medusa
+from specjax.models import eagle, eagle3, llama, medusa, peagle
 from specjax.models.prepare import prepare
 from specjax.quant.dense_linear import Linear
 from specjax.quantize import quantize, recipe, shrink
@@ -185,6 +188,14 @@ class Parts:
         )
 
     @functools.cached_property
+    def peagle(self) -> peagle.PEagleHead:
+        """The EAGLE-3 head with random rows for its mask token."""
+        mask = RandomCheckpoint(self.config, 7).tensor(
+            "mask_hidden", self.eagle3.fc.weight.shape[1:]
+        )
+        return peagle.PEagleHead(self.eagle3, jnp.asarray(mask), mask_token=2, num_drafts=3)
+
+    @functools.cached_property
     def medusa(self) -> medusa.MedusaHeads:
         if self.fixture == "tiny-fp16":
             return heads.load_medusa(paths.fixture("medusa-tiny"), self.target)[0]
@@ -227,6 +238,8 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "eagle-reduced": _eagle_reduced,
     "eagle3": lambda parts: eagle_drafter.eagle(parts.eagle3, draft_depth=3, topk=2, num_nodes=8),
     "medusa": _medusa,
+    "head": lambda parts: FeatureChain(head=parts.eagle3, draft_depth=3),
+    "one-pass": lambda parts: OnePass(head=parts.peagle, arrangement=Chain(draft_depth=3)),
     "hierarchical": _hierarchical,
     "nested": _nested,
 }

@@ -1,0 +1,74 @@
+"""Drafting with any draft head: the folder tells the kind.
+
+To add a kind: write its file in `head_kinds/`, with `matches(folder)` and `build(folder, target, options)`, and name it
+in `KINDS`. `matches` looks at names of tensors and settings; `build` reads the head through
+`specjax.checkpoints.head_folder`, which refuses what was left unread, and hands the network to
+`head_options.one_feature` (a feature a pass) or `head_options.one_pass` (all drafts in one pass), where rounds, trees,
+rollback, batches and sampling are. `head_kinds/peagle.py` and `models/peagle.py` are the shortest with a network of
+their own.
+"""
+
+import importlib
+from types import ModuleType
+
+from specjax.checkpoints.head_folder import HeadFolder
+from specjax.decoding import sampling as sample
+from specjax.drafters import head_options, options
+from specjax.drafters.base import Drafter
+from specjax.drafters.head_options import HeadOptions
+from specjax.errors import CheckpointError, ConfigError
+from specjax.files import hub
+from specjax.quantize import heads as rotated
+
+# Files in head_kinds/, in the order in which they are asked.
+KINDS = ("medusa", "mtp", "peagle", "eagle3", "eagle")
+
+
+def kind_of(folder: HeadFolder) -> tuple[str, ModuleType]:
+    """The kind of head that a folder holds, and its module.
+
+    Raises:
+        CheckpointError: of none that is known.
+    """
+    for name in KINDS:
+        module = importlib.import_module(f"specjax.drafters.head_kinds.{name}")
+        if module.matches(folder):
+            return name, module
+    stated = folder.says or ", ".join(folder.classes) or "nothing"
+    some = ", ".join(sorted(folder.names)[:3])
+    raise CheckpointError(
+        f"{folder.path}: a draft head of no known kind; config.json says {stated}, and it holds {some}, ... "
+        f"(supported: {', '.join(KINDS)})"
+    )
+
+
+def build(
+    target,
+    model: str,
+    tree: str | None = None,
+    num_nodes: int | None = None,
+    draft_depth: int | None = None,
+    topk: int | None = None,
+    window: int | None = None,
+) -> Drafter:
+    """Opens the head in the folder `model`.
+
+    Args:
+        tree: "chain" (of the head's own length, unless `draft_depth` is given), "best-first" or "topk"; None: what
+            suits the kind.
+        topk: children per node of a `topk` tree.
+        window: tokens of the text that the head's attention sees at most.
+    """
+    wanted = HeadOptions(tree=tree, num_nodes=num_nodes, draft_depth=draft_depth, topk=topk)
+    head_options.check(wanted)
+    if window is not None and sample.whole("window", window) < 1:
+        raise ConfigError(f"{window=}: must be a whole number of at least 1")
+    if draft_depth is not None:
+        options.lengths(target, draft_depth=draft_depth)
+    path = hub.shipped_head(str(model)) or hub.resolve(str(model))
+    folder = HeadFolder(path, window)
+    _, kind = kind_of(folder)
+    drafter = kind.build(folder, target, wanted)
+    folder.finish()
+    rotated.check_pair(hub.resolve(target.name), path)
+    return drafter
