@@ -1,8 +1,8 @@
 """Writes heads and their recorded rounds into `tests/fixtures/heads`: `python -m tests.crop_heads FOLDER NAME ...`.
 
 FOLDER has `checkpoints/NAME` and `goldens/NAME.*` in full. Targets are kept whole; of a head's rounds those of the
-first prompts, of the others the prompt and what was accepted. A head whose tensors are those of another one (`SAME`) keeps
-its config.json only.
+first prompts, of the others the prompt and what was accepted. A head whose tensors are those of another one (`SAME`)
+keeps its config.json only.
 """
 
 import json
