@@ -105,7 +105,7 @@ def accepted(name: str, whole: bool, batch: int) -> None:
 
 
 # One head of each family; the others' logits above are the networks, and the rounds are the same code.
-FAST = ("eagle31-llama", "peagle-qwen3", "mtp-qwen3")
+FAST = ("peagle-qwen3", "mtp-qwen3")
 
 
 @pytest.mark.parametrize(
