@@ -86,13 +86,13 @@ def open_eagle3(
         target_width=target.config.hidden_size,
         num_drafts=num_drafts,
         d2t=d2t,
-        variant=_variant(folder),
+        variant=variant(folder),
         own_head=own["lm_head"],
     )
 
 
-def _variant(folder: HeadFolder) -> eagle3.Variant:
-    """The flags of config.json; of norms that have tensors, the tensors count."""
+def variant(folder: HeadFolder) -> eagle3.Variant:
+    """Which EAGLE-3 a head is: the flags of config.json; of norms that have tensors, the tensors count."""
     flags = {field.name: folder.flag(field.name) for field in fields(eagle3.Variant)}
     for name, tensor in {
         "norm_before_fc": "input_norm.weight",
