@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 _OBJECTS = ("eagle_config", "dflash_config", "transformer_layer_config")
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_LAYER = re.compile(r"(?:mtp_)?layers\.(\d+)\.")
 
 _log = logging.getLogger(__name__)
 
@@ -116,30 +119,45 @@ class HeadFolder:
         normed = any(name.endswith("self_attn.q_norm.weight") for name in self.names)
         kind = "qwen3" if normed else "llama"
         if nested is not None:
-            kind = fields.get("model_type") or default
+            kind = fields.get("model_type") or (kind if normed else default)
             if kind not in _CLASSES:
                 raise self.error(
                     f"transformer_layer_config.model_type = {kind!r}: supported are {', '.join(_CLASSES)}"
                 )
         stated = {name: value for name, value in fields.items() if name != "layer_types"}
+        if nested is None:
+            stated["num_hidden_layers"] = self._num_layers()
         if fields.get("layer_types") is not None:
             stated |= {"use_sliding_window": False}
         own = {"architectures": [_CLASSES[kind]], "model_type": kind}
         config = self._checked(ModelConfig.from_hf, stated | own)
         if fields.get("layer_types") is not None:
-            config = dataclasses.replace(config, windows=self._windows(fields, config.num_layers))
+            counted = {**fields, "num_hidden_layers": config.num_layers}
+            config = dataclasses.replace(config, windows=self._windows(counted))
         if self._window is not None:
             stated = config.windows or (None,) * config.num_layers
             windows = tuple(min(w or self._window, self._window) for w in stated)
             config = dataclasses.replace(config, windows=windows)
         return dataclasses.replace(config, biases=self._biases(config), depth=None)
 
-    def _windows(self, fields: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
+    def _num_layers(self) -> int:
+        """Layers of a flat file: those stored, since many repeat their target's configuration."""
+        found = [int(match[1]) + 1 for name in self.names if (match := _LAYER.match(name))]
+        count = max(found, default=1)
+        stated = self.setting("draft_num_hidden_layers", "num_hidden_layers")
+        if stated not in (None, count):
+            _log.warning(
+                "%s: num_hidden_layers = %r, the file has %d layers; these are taken",
+                *(self.path, stated, count),
+            )
+        return count
+
+    def _windows(self, fields: dict[str, Any]) -> tuple[int | None, ...]:
         window = fields.get("sliding_window")
         if window is not None:
-            window = self._checked(read.size, dict(fields), "sliding_window")
-        types = [parts.FULL] * count
-        return self._checked(parts.typed_windows, dict(fields), types, window)
+            window = self._checked(read.size, fields, "sliding_window")
+        types = [parts.FULL] * fields["num_hidden_layers"]
+        return self._checked(parts.typed_windows, fields, types, window)
 
     def _biases(self, config: ModelConfig) -> tuple[str, ...]:
         """Projections that are stated to have a bias, or have one."""

@@ -52,19 +52,23 @@ def draft_offsets(folder: HeadFolder, vocab_size: int) -> tuple[int, Int[Array, 
 
     Raises:
         ConfigError: draft_vocab_size is no size.
-        CheckpointError: `d2t` is missing, of another length, or contradicts `t2d`.
+        CheckpointError: `d2t` and `t2d`, which says the same, are missing, of another length, or contradict each other.
     """
-    has_map = "d2t" in folder.names
-    default = folder.tensors.shape("d2t")[0] if has_map else vocab_size
+    mask = np.asarray(folder.tensors.read("t2d")) if "t2d" in folder.names else None
+    if "d2t" in folder.names:
+        offsets = np.asarray(folder.tensors.read("d2t"))
+    elif mask is not None:
+        offsets = np.flatnonzero(mask) - np.arange(np.count_nonzero(mask))
+    else:
+        offsets = None
+    default = vocab_size if offsets is None else len(offsets)
     size = folder.size("draft_vocab_size", default=default)
-    mask = folder.tensors.read("t2d") if "t2d" in folder.names else None
-    if not has_map:
-        if size != vocab_size or (mask is not None and not np.all(mask)):
+    if offsets is None:
+        if size != vocab_size:
             raise CheckpointError(
                 f"{folder.path}: d2t is missing, but draft_vocab_size {size} is not the vocabulary's {vocab_size}"
             )
         return size, None
-    offsets = np.asarray(folder.tensors.read("d2t"))
     if offsets.shape != (size,) or not np.issubdtype(offsets.dtype, np.integer):
         raise CheckpointError(
             f"{folder.path}: d2t is {offsets.dtype.name} of shape {offsets.shape}, expected integers of ({size},)"

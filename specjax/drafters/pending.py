@@ -123,7 +123,7 @@ def rollback(
 
 def begin(head, batch: int, capacity: int, max_depth: int) -> HeadState:
     """State of empty sequences for a head that drafts one token a pass, as `specjax.models.eagle.EagleHead` does."""
-    cache = kv.init(head.config, batch, capacity, head.dtype, num_layers=head.config.num_layers)
+    cache = kv.init(head.config, batch, capacity, head.dtype, num_layers=head.num_layers)
     return init(cache, batch, head.config.hidden_size, head.dtype, max_depth)
 
 

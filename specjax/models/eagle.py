@@ -39,6 +39,11 @@ class EagleHead(nnx.Module):
         self.draft_ids = None if draft_ids is None else nnx.Variable(draft_ids)
 
     @property
+    def num_layers(self) -> int:
+        """Layers of its cache."""
+        return 1
+
+    @property
     def dtype(self):
         """Compute dtype."""
         return self.layers[0].post_attention_layernorm.weight.dtype

@@ -95,6 +95,11 @@ class Eagle3Head(nnx.Module):
         self.input_norm, self.fc_norm = input_norm, nnx.List(fc_norm)
 
     @property
+    def num_layers(self) -> int:
+        """Layers of its cache."""
+        return 1 + len(self.layers)
+
+    @property
     def dtype(self):
         """Compute dtype."""
         return self.norm.weight.dtype

@@ -38,6 +38,11 @@ class MTPHead(nnx.Module):
         self.embed_tokens, self.lm_head = embed_tokens, lm_head
 
     @property
+    def num_layers(self) -> int:
+        """Layers of its cache."""
+        return 1
+
+    @property
     def dtype(self):
         """Compute dtype."""
         return self.final_layernorm.weight.dtype

@@ -39,7 +39,9 @@ class PEagleHead(OnePassHead):
         return self.body.config.hidden_size
 
     def init_cache(self, batch, capacity):
-        return kv.init(self.body.config, batch, capacity, self.dtype)
+        return kv.init(
+            self.body.config, batch, capacity, self.dtype, num_layers=self.body.num_layers
+        )
 
     def fuse(self, features):
         return self.body.fuse(features)
