@@ -37,17 +37,23 @@ class HeadFolder:
         raw: its config.json.
         tensors: its weights.
         names: of its tensors.
+        layer_ids: states of the target that the user says it reads; None: those of its settings.
 
     Args:
         window: tokens that each layer sees at most, whatever the settings say; None: what they say.
     """
 
-    def __init__(self, path: Path, window: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        window: int | None = None,
+        layer_ids: Sequence[int] | None = None,
+    ):
         if not path.is_dir():
             raise FileNotFoundError(
                 f"{path}: no such folder; a draft head is a folder with config.json"
             )
-        self.path, self._window = path, window
+        self.path, self._window, self.layer_ids = path, window, layer_ids
         self.raw: dict[str, Any] = file_base.read_json(path / "config.json")
         has_medusa = any((path / name).is_file() for name in MEDUSA_FILES)
         files = MEDUSA_FILES if has_medusa else find.STANDARD_NAMES

@@ -1,5 +1,6 @@
 """Settings that several kinds of draft heads have: the layers they read, their draft vocabulary, how far they draft."""
 
+import logging
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from specjax.errors import CheckpointError
 _STATES = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
 # Ids of layers whose output is read: -1 is the embeddings (z-lab, JetSpec, SpecForge's block heads, DeepSpec).
 _OUTPUTS = "target_layer_ids"
+
+_log = logging.getLogger(__name__)
 
 
 def layer_ids(
@@ -32,6 +35,14 @@ def layer_ids(
     field, found, shift = _STATES[0], states, 0
     if outputs is not None:
         field, found, shift = _OUTPUTS, outputs, 1
+    if folder.layer_ids is not None:
+        field, found, shift = "layer_ids", folder.layer_ids, 0
+    elif states == [1, num_layers // 2 - 1, num_layers - 4]:
+        _log.warning(
+            "%s: %s = %s is read as inputs of these layers, as vLLM does; where it names outputs (SpecForge, ModelOpt) "
+            "the option layer_ids=%s says so",
+            *(folder.path, field, states, [i + 1 for i in states]),
+        )
     if found is None or found == []:
         found = default or (2, num_layers // 2, num_layers - 3)
         shift = 0

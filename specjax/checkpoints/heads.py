@@ -16,6 +16,17 @@ from specjax.models.llama import Llama
 
 _MEDUSA_PART = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.(?P<linear>linear\.)?(weight|bias)")
 
+# Settings of an EAGLE-3 head that other values would make another network (ModelOpt's eagle_config).
+_EAGLE3_ONLY = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "next_layer_regular": True,
+    "parallel_draft_step": 1,
+    "eagle_decoder_type": "llama",
+}
+
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +94,8 @@ def open_eagle3(
     """
     config = folder.shape(default_layers)
     check_fit(folder, config, target.config, "vocab_size")
-    folder.refuse("use_aux_hidden_state", True)
+    for name, supported in _EAGLE3_ONLY.items():
+        folder.refuse(name, supported)
     folder.refuse("target_hidden_size", target.config.hidden_size)
     ids = head_settings.layer_ids(folder, target.config.num_layers)
     num_drafts, d2t = head_settings.draft_offsets(folder, config.vocab_size)

@@ -58,6 +58,7 @@ def build(
     draft_depth: int | None = None,
     topk: int | None = None,
     window: int | None = None,
+    layer_ids: list[int] | None = None,
 ) -> Drafter:
     """Opens the head in the folder `model`.
 
@@ -66,6 +67,7 @@ def build(
             suits the kind.
         topk: children per node of a `topk` tree.
         window: tokens of the text that the head's attention sees at most.
+        layer_ids: states of the target that the head reads (i is the input of layer i), where its settings mean others.
     """
     wanted = HeadOptions(tree=tree, num_nodes=num_nodes, draft_depth=draft_depth, topk=topk)
     head_options.check(wanted)
@@ -74,7 +76,7 @@ def build(
     if draft_depth is not None:
         options.lengths(target, draft_depth=draft_depth)
     path = hub.shipped_head(str(model)) or hub.resolve(str(model))
-    folder = HeadFolder(path, window)
+    folder = HeadFolder(path, window, layer_ids)
     drafter = kind_of(folder).build(folder, target, wanted)
     folder.finish()
     rotated.check_pair(hub.resolve(target.name), path)

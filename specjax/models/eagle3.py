@@ -11,6 +11,7 @@ from specjax.config import ModelConfig
 from specjax.models import layers as nn
 from specjax.models import llama
 from specjax.models.cache import KVCache
+from specjax.pallas.glue import parts
 from specjax.quant.dense_linear import Linear
 
 
@@ -54,8 +55,8 @@ class Eagle3Layer(nnx.Module):
         normed = self.hidden_norm(hidden)
         x = jnp.concatenate([self.input_layernorm(embedded), normed], axis=-1)
         attended, keys, values = self.self_attn(x, block, rope, keys, values)
-        x = (normed if self.norm_before_residual else hidden) + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+        x = (normed if self.norm_before_residual else hidden) + parts.value(attended)
+        return x + parts.value(self.mlp(self.post_attention_layernorm(x))), keys, values
 
 
 class Eagle3Head(nnx.Module):
