@@ -69,6 +69,7 @@ COVER += [
     ("eagle-reduced", "w4a16"),
     ("hierarchical", "w8a8"),
     ("medusa", "w4a8-qqq"),
+    ("one-pass", "w4a16"),
 ]
 
 

@@ -172,6 +172,28 @@ class Parts:
         return noisy(self.target, self.noise)
 
     @functools.cached_property
+    def eagle31(self) -> eagle3.Eagle3Head:
+        """A random head of two layers, the second of a window, with all norms, that drafts every other token."""
+        shape = replace(self.config, num_layers=2, windows=(None, 6))
+        ids = jnp.arange(0, self.config.vocab_size, 2, dtype=jnp.int32)
+        return eagle3.build(
+            RandomCheckpoint(shape, 5),
+            jnp.float32,
+            layer_ids=(0, self.config.num_layers),
+            target_width=self.config.hidden_size,
+            num_drafts=len(ids),
+            d2t=ids - jnp.arange(len(ids)),
+            variant=eagle3.Variant(norm_before_residual=True, fc_norm=True, norm_output=True),
+        )
+
+    @functools.cached_property
+    def peagle(self) -> peagle.PEagleHead:
+        """That head with random rows for its mask token."""
+        shape = (2 * self.config.hidden_size,)
+        mask = RandomCheckpoint(self.config, 7).tensor("mask_hidden", shape)
+        return peagle.PEagleHead(self.eagle31, jnp.asarray(mask), mask_token=2, num_drafts=3)
+
+    @functools.cached_property
     def eagle(self) -> eagle.EagleHead:
         return fixture_head() if self.fixture == "tiny-fp16" else head(self.config)
 
@@ -186,14 +208,6 @@ class Parts:
             target_width=self.config.hidden_size,
             num_drafts=self.config.vocab_size,
         )
-
-    @functools.cached_property
-    def peagle(self) -> peagle.PEagleHead:
-        """The EAGLE-3 head with random rows for its mask token."""
-        mask = RandomCheckpoint(self.config, 7).tensor(
-            "mask_hidden", self.eagle3.fc.weight.shape[1:]
-        )
-        return peagle.PEagleHead(self.eagle3, jnp.asarray(mask), mask_token=2, num_drafts=3)
 
     @functools.cached_property
     def medusa(self) -> medusa.MedusaHeads:
@@ -238,7 +252,7 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "eagle-reduced": _eagle_reduced,
     "eagle3": lambda parts: eagle_drafter.eagle(parts.eagle3, draft_depth=3, topk=2, num_nodes=8),
     "medusa": _medusa,
-    "head": lambda parts: FeatureChain(head=parts.eagle3, draft_depth=3),
+    "head": lambda parts: FeatureChain(head=parts.eagle31, draft_depth=3),
     "one-pass": lambda parts: OnePass(head=parts.peagle, arrangement=Chain(draft_depth=3)),
     "hierarchical": _hierarchical,
     "nested": _nested,
