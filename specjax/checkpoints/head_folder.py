@@ -147,7 +147,9 @@ class HeadFolder:
         stored = {
             name.split(".")[-2]
             for name in self.names
-            if name.endswith("_proj.bias") and np.any(self.tensors.read(name))
+            if name.endswith("_proj.bias")
+            and name.split(".")[-3:-2] in (["self_attn"], ["mlp"])
+            and np.any(self.tensors.read(name))
         }
         return tuple(n for n in _PROJECTIONS if config.has_bias(n) or n in stored)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -33,7 +32,7 @@ def best_first(
     """
     width, (batch, _, ranks) = num_nodes - 1, tokens.shape
     pairs = [(i, r) for i in range(width) for r in range(min(ranks, width // (i + 1)))]
-    path, rank = (np.asarray(part, np.int32) for part in zip(*pairs, strict=True))
+    path, rank = (jnp.asarray(part, jnp.int32) for part in zip(*pairs, strict=True))
 
     def level(carry, slot):
         reached, places, at = carry
