@@ -32,14 +32,18 @@ def load_eagle(path: Path, target: Llama, target_name: str):
         CheckpointError: its tensors are of no known kind, malformed or incomplete, or not all of them are part of it.
     """
     folder = HeadFolder(path)
+    if is_eagle3(folder) and is_parallel(folder):
+        raise CheckpointError(
+            f"{path}: a P-EAGLE head, which the drafter 'head' opens, not 'eagle'"
+        )
     if is_eagle3(folder):
         head = open_eagle3(folder, target)
     elif is_eagle(folder):
         head = open_eagle(folder, target)
     else:
         raise CheckpointError(
-            f"{path}: not an EAGLE head; neither layers.0.self_attn.q_proj.weight beside fc.weight (EAGLE-1/2) nor "
-            "midlayer.hidden_norm.weight (EAGLE-3) is in it"
+            f"{path}: not an EAGLE head (the drafter 'head' opens other kinds); neither fc.weight beside "
+            "layers.0.self_attn.q_proj.weight (EAGLE-1/2) nor midlayer.hidden_norm.weight (EAGLE-3) is in it"
         )
     folder.finish()
     return head
@@ -47,7 +51,8 @@ def load_eagle(path: Path, target: Llama, target_name: str):
 
 def is_eagle(folder: HeadFolder) -> bool:
     """Whether a folder holds an EAGLE-1/2 head."""
-    return "layers.0.self_attn.q_proj.weight" in folder.names and not is_eagle3(folder)
+    needed, foreign = {"layers.0.self_attn.q_proj.weight", "fc.weight"}, {"hidden_norm.weight"}
+    return needed <= folder.names and not foreign & folder.names and not is_eagle3(folder)
 
 
 def open_eagle(folder: HeadFolder, target: Llama) -> eagle.EagleHead:
@@ -60,6 +65,12 @@ def open_eagle(folder: HeadFolder, target: Llama) -> eagle.EagleHead:
 def is_eagle3(folder: HeadFolder) -> bool:
     """Whether a folder holds an EAGLE-3 head, of any variant, P-EAGLE too."""
     return any(f"{layer}.hidden_norm.weight" in folder.names for layer in ("midlayer", "layers.0"))
+
+
+def is_parallel(folder: HeadFolder) -> bool:
+    """Whether an EAGLE-3 head drafts all tokens in one pass (P-EAGLE)."""
+    stated = folder.says == "peagle" or folder.flag("parallel_drafting")
+    return stated or "mask_hidden" in folder.names
 
 
 def open_eagle3(
@@ -86,13 +97,13 @@ def open_eagle3(
         target_width=target.config.hidden_size,
         num_drafts=num_drafts,
         d2t=d2t,
-        variant=_variant(folder),
+        variant=variant(folder),
         own_head=own["lm_head"],
     )
 
 
-def _variant(folder: HeadFolder) -> eagle3.Variant:
-    """The flags of config.json; of norms that have tensors, the tensors count."""
+def variant(folder: HeadFolder) -> eagle3.Variant:
+    """Which EAGLE-3 a head is: the flags of config.json; of norms that have tensors, the tensors count."""
     flags = {field.name: folder.flag(field.name) for field in fields(eagle3.Variant)}
     for name, tensor in {
         "norm_before_fc": "input_norm.weight",

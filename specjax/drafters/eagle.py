@@ -127,6 +127,9 @@ def eagle(head: EagleHead, draft_depth: int = 6, topk: int = 10, num_nodes: int 
     """
     if draft_depth < 1 or topk < 1 or num_nodes < 2:
         raise ConfigError(f"{draft_depth=}, {topk=}, {num_nodes=}: at least 1, 1 and 2 are needed")
+    own = getattr(head, "d2t", None)
+    if own is not None and topk > own.shape[0]:
+        raise ConfigError(f"{topk=} exceeds the head's draft vocabulary of {own.shape[0]} tokens")
     most = trees.num_candidates(topk, draft_depth) + 1
     if num_nodes > most:
         raise ConfigError(

@@ -24,16 +24,24 @@ from specjax.quantize import heads as rotated
 KINDS = ("pard", "medusa", "mtp", "dspark", "dflash", "peagle", "eagle3", "eagle")
 
 
-def kind_of(folder: HeadFolder) -> tuple[str, ModuleType]:
-    """The kind of head that a folder holds, and its module.
+def find_kind(folder: HeadFolder) -> str | None:
+    """The kind of head that a folder holds, one of `KINDS`; None where it holds none that is known."""
+    return next((name for name in KINDS if module_of(name).matches(folder)), None)
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a kind."""
+    return importlib.import_module(f"specjax.drafters.head_kinds.{name}")
+
+
+def kind_of(folder: HeadFolder) -> ModuleType:
+    """The module of the kind of head that a folder holds.
 
     Raises:
         CheckpointError: of none that is known.
     """
-    for name in KINDS:
-        module = importlib.import_module(f"specjax.drafters.head_kinds.{name}")
-        if module.matches(folder):
-            return name, module
+    if (name := find_kind(folder)) is not None:
+        return module_of(name)
     stated = folder.says or ", ".join(folder.classes) or "nothing"
     some = ", ".join(sorted(folder.names)[:3])
     raise CheckpointError(
@@ -72,8 +80,7 @@ def build(
         options.lengths(target, draft_depth=draft_depth)
     path = hub.shipped_head(str(model)) or hub.resolve(str(model))
     folder = HeadFolder(path, window)
-    _, kind = kind_of(folder)
-    drafter = kind.build(folder, target, wanted)
+    drafter = kind_of(folder).build(folder, target, wanted)
     folder.finish()
     rotated.check_pair(hub.resolve(target.name), path)
     return drafter

@@ -1,4 +1,4 @@
-"""EAGLE-3 and 3.1 heads; layouts are listed at `specjax.checkpoints.heads.load_eagle`."""
+"""EAGLE-3 and 3.1 heads: EAGLE's (arXiv 2503.01840), SGLang's, speculators', DeepSpec's and ModelOpt's layouts."""
 
 from specjax.checkpoints import head_settings, heads
 from specjax.checkpoints.head_folder import HeadFolder
@@ -10,7 +10,7 @@ _OWN_DEPTH = 5
 
 def matches(folder: HeadFolder) -> bool:
     """A first layer that norms the feature; without the mask rows of P-EAGLE."""
-    return heads.is_eagle3(folder) and "mask_hidden" not in folder.names
+    return folder.says in (None, "eagle3") and heads.is_eagle3(folder)
 
 
 def build(folder: HeadFolder, target, options: HeadOptions):

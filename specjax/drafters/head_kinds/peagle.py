@@ -1,4 +1,4 @@
-"""P-EAGLE heads (speculators' `peagle`): EAGLE-3's network with rows of a mask token, see `specjax.models.peagle`."""
+"""P-EAGLE heads (speculators' `peagle`): EAGLE-3's network with rows of a mask token drafts in one pass."""
 
 import jax.numpy as jnp
 
@@ -9,12 +9,13 @@ from specjax.drafters.head_options import HeadOptions
 from specjax.models.peagle import PEagleHead
 
 _OWN_DEPTH = 5
-_MASK_TOKEN = (*("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id"),)
+# As vLLM looks for it.
+_MASK_TOKEN = ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
 
 
 def matches(folder: HeadFolder) -> bool:
     """EAGLE-3's network with a learned feature of mask rows."""
-    return heads.is_eagle3(folder) and "mask_hidden" in folder.names
+    return heads.is_eagle3(folder) and heads.is_parallel(folder)
 
 
 def build(folder: HeadFolder, target, options: HeadOptions):
