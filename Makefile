@@ -1,5 +1,6 @@
 # `make demo` and `make test` need nothing but make and a Python >= 3.12: they build .venv first.
-# GPU_PYTHON=python3: `make test-gpu` with that interpreter and the packages it has; nothing is installed.
+# GPU_PYTHON=python3: `make test-gpu` with that interpreter and the packages it has; nothing is installed. That is the
+# default where there is no .venv yet and python3 has JAX for CUDA and pytest.
 # WORKERS: test processes at a time. JAX=0.12.0.1: another jax than the pinned one, in a .venv of its own.
 
 SHELL := /bin/bash
@@ -15,6 +16,9 @@ INSTALLED := $(VENV)/.installed
 AOT_VENV := .venv-aot
 AOT_PYTHON := $(AOT_VENV)/bin/python
 AOT_INSTALLED := $(AOT_VENV)/.installed
+HAS_JAX_CUDA := import sys; from importlib.util import find_spec as f; \
+  sys.exit(not (all(map(f, ("jax", "flax", "pytest"))) and any(map(f, ("jax_cuda13_plugin", "jax_cuda12_plugin")))))
+GPU_PYTHON ?= $(if $(wildcard $(INSTALLED)),,$(shell python3 -c '$(HAS_JAX_CUDA)' 2>/dev/null && echo python3))
 # The fast tests run on the CPU, also where there is a GPU; `make test-gpu` is for that.
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
 PYTEST := JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal

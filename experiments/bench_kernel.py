@@ -12,6 +12,7 @@ a row with its error, and the others go on. --write_tuned tries tiles, in that p
 writes the fastest to --tuned_dir. Needs an NVIDIA GPU.
 """
 
+import collections
 import contextlib
 from typing import Any
 
@@ -36,6 +37,8 @@ from specjax.errors import ConfigError
 from specjax.pallas import device
 
 OPS = kernel_jobs.OPS
+# Hangs and ends of the process after which an op has no further rows: each may cost --kernel_seconds.
+_MOST_LOSSES = 2
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -119,16 +122,19 @@ def _run(values: flags.FlagValues, worker, output) -> None:
     measured = {name: value for name, value in limits.items() if isinstance(value, float)}
     print(f"{gpu.kind}:", ", ".join(f"{name} {value:.3g}/s" for name, value in measured.items()))
     clock = kernel_tuning.Clock(values.total_seconds)
-    lost = None
+    lost, losses = None, collections.Counter()
     for request in tqdm(requests, unit="kernel", disable=None):
         row = {"record": "kernel", **_facts(request), "shape": request.label, "dtype": values.dtype}
         if lost is not None:
             keep(row | {"error": f"not run: the device was lost in {lost}"})
         elif clock.up:
             keep(row | {"error": f"not run: {values.total_seconds:g} s were up"})
+        elif losses[request.op] >= _MOST_LOSSES:
+            keep(row | {"error": f"not run: {request.op} hung or died {_MOST_LOSSES} times"})
         else:
             question = _facts(request) | {"context": request.context, "limits": measured}
             row |= _asked(worker, question, clock.at_most(values.kernel_seconds))
+            losses[request.op] += row.pop("process_lost", False)
             if row.get("error") and values.processes:
                 worker.close()  # after a fault nothing runs in that process; the next one is sound
             elif row.get("device_lost"):
@@ -145,7 +151,7 @@ def _asked(worker, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         return worker.ask(question, seconds)
     except workers.Lost as error:
         tail = " ".join(error.last_lines.split())[-300:]
-        return {"error": f"{error}: {tail}" if tail else str(error)}
+        return {"error": f"{error}: {tail}" if tail else str(error), "process_lost": True}
 
 
 def _gpu(found: dict[str, Any]) -> device.Gpu:

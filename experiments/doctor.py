@@ -6,7 +6,8 @@
 Each family is compiled, run and compared with its reference at 5 to 8 small shapes, without CUDA graphs and in loops
 with each kind of them. A process that hangs or dies costs its family only. Verdicts are kept in --doctor_dir for this
 device, driver and versions; the other binaries read them there (--nodoctor ignores them), and make them where there are
-none. Status 1 where a family fails. --tune then tries tiles for --tune_minutes and keeps the fastest in --tuned_dir.
+none. Status 1 where a family fails. --tune then tries tiles of the products for --tune_minutes, in processes too, and
+keeps the fastest beside the verdicts, where the other binaries find them.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Any
 from absl import flags
 from rich.table import Table
 
+from experiments import bench_kernel
 from experiments.shared import common, contest, environment, flag_groups, flags_doctor, records
 from specjax import doctor
 from specjax.doctor import verdicts as keeping
@@ -41,6 +43,11 @@ def define_flags(values: flags.FlagValues) -> None:
             None,
             "MODULE:FUNCTION whose results stand in for kernels; nothing is kept then.",
             flag_values=values,
+        )
+        flags.DEFINE_boolean("tune", False, "Try tiles, too.", flag_values=values)
+        flags.DEFINE_float("tune_minutes", 10.0, "Try no tiles after that.", flag_values=values)
+        flags.DEFINE_string(
+            "tune_shape", "llama3-8b", "Model whose weights to tune for.", flag_values=values
         )
     with flag_groups.heading(values, "Output"):
         flags.DEFINE_string("output", None, "JSON lines; rows are appended.", flag_values=values)
@@ -72,8 +79,23 @@ def main(values: flags.FlagValues) -> None:
         records.append_rows(output, [summary | {"environment": environment.record()}])
     contest.show(table(found))
     print(f"CUDA graphs may hold: {found.command_buffers()}")
+    if values.tune:
+        _tune(values, found)
     if any(verdict.state == "fails" or verdict.graphs for verdict in found.families):
         sys.exit(1)
+
+
+def _tune(values: flags.FlagValues, found: doctor.Verdicts) -> None:
+    """Tiles of the products that pass, through the kernel benchmark's tuner."""
+    passing = {v.op for v in found.families if v.state == "passes" and v.backend == "mosaic"}
+    ops = [op for op in bench_kernel.OPS if op in passing and op.startswith("matmul")]
+    if not ops:
+        raise ConfigError("--tune: no product passes on Mosaic here, so there are no tiles to try")
+    arguments = [f"--ops={','.join(ops)}", f"--shapes={values.tune_shape}", "--m=8,16,64"]
+    arguments += ["--notimes", "--write_tuned", f"--tune_minutes={values.tune_minutes}"]
+    arguments += [f"--tuned_dir={flags_doctor.tuned_folder(values)}", "--kernel_seconds=30"]
+    arguments += [] if values.kernels is None else [f"--kernels={values.kernels}"]
+    bench_kernel.main(common.parse(bench_kernel.define_flags, arguments))
 
 
 def chosen(names: list[str] | None, kernels: str | None) -> list[doctor.Family]:

@@ -106,6 +106,8 @@ def all_steps(values: flags.FlagValues, scratch: Path) -> dict[str, Step | tuple
     verdicts = scratch / "doctor"
     stand_in = [] if values.kernels is None else [f"--kernels={values.kernels}"]
     known = [] if values.kernels is not None else [f"--doctor_dir={verdicts}"]
+    # Without a GPU there is no float16 to speak of.
+    few = [] if values.kernels is None else ["--dtype=float32", "--max_new_tokens=6"]
     shape = values.model_shape
 
     def step(name: str, seconds: float, why: str, module: str, *arguments: str) -> Step:
@@ -113,7 +115,8 @@ def all_steps(values: flags.FlagValues, scratch: Path) -> dict[str, Step | tuple
         return Step(name=name, seconds=seconds * values.patience, why=why, command=command)
 
     def kernels(name: str, seconds: float, why: str, *arguments: str) -> Step:
-        arguments = (*arguments, *stand_in, f"--total_seconds={0.9 * seconds * values.patience}")
+        limits = f"--total_seconds={0.9 * seconds * values.patience}", "--kernel_seconds=20"
+        arguments = (*arguments, *stand_in, *limits)
         return step(name, seconds, why, "experiments.bench_kernel", *arguments)
 
     def decode(name: str, seconds: float, specs: list) -> Step:
@@ -138,12 +141,8 @@ def all_steps(values: flags.FlagValues, scratch: Path) -> dict[str, Step | tuple
         "loops": tuple(
             step(
                 *(f"loop-{mode}", 90, "whether loops in CUDA graphs run, twice"),
-                *(
-                    "experiments.loop_check",
-                    f"--command_buffers={mode}",
-                    f"--model_shape={shape}",
-                    *known,
-                ),
+                *("experiments.loop_check", f"--command_buffers={mode}"),
+                *(f"--model_shape={shape}", *known, *few),
             )
             for mode in _BUFFERS
         ),

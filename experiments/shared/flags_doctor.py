@@ -1,5 +1,6 @@
 """--doctor and --doctor_dir: what is known of the kernels on this machine, for whoever loads a model."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from absl import flags
 from specjax import doctor
 from specjax.engine.program import CommandBuffers
 from specjax.files import hub
-from specjax.pallas import device, dispatch
+from specjax.pallas import device, dispatch, tuned
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,13 @@ def folder(values: flags.FlagValues) -> Path:
     return hub.default_cache_dir() / "specjax" / "doctor"
 
 
+def tuned_folder(values: flags.FlagValues) -> Path:
+    """Of tiles that were measured on this machine (experiments.doctor --tune)."""
+    return (
+        folder(values).with_name("tuned") if values.doctor_dir is None else folder(values) / "tuned"
+    )
+
+
 def choice(values: flags.FlagValues) -> tuple[dispatch.Backend, CommandBuffers]:
     """--backend without what fails here, and what CUDA graphs may hold.
 
@@ -59,7 +67,9 @@ def choice(values: flags.FlagValues) -> tuple[dispatch.Backend, CommandBuffers]:
         if buffers != usual:
             _log.warning("CUDA graphs fail here: --command_buffers=%s is implied", buffers)
     policy = found.policy(backend)
-    return (policy if policy.quarantine else backend), buffers
+    tables = tuned.tables_in(tuned_folder(values), device.current().kind)
+    policy = dataclasses.replace(policy, tuned=tables)
+    return (policy if policy.quarantine or tables else backend), buffers
 
 
 def _tell(verdict: doctor.Verdict) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-State = Literal["done", "failed", "hung", "missing", "no time"]
+State = Literal["done", "failed", "timed out", "missing", "no time"]
 _TAIL_BYTES = 2000
 
 
@@ -94,7 +94,7 @@ class Session:
             try:
                 status = process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
-                return "hung", _end(process)
+                return "timed out", _end(process)
         return ("done" if status == 0 else "failed"), status
 
     def _keep(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -274,7 +274,7 @@ class Engine:
             }
             self.programs.prefill.compiled(**arguments)
             clock = time.perf_counter()
-            state = jax.block_until_ready(self.programs.prefill(**arguments))
+            state = self.programs.prefill.waited(**arguments)
             elapsed += (time.perf_counter() - clock) * 1e3
         return state, elapsed
 
@@ -291,7 +291,7 @@ class Engine:
         }
         self.programs.decode.compiled(**arguments)
         clock = time.perf_counter()
-        state = jax.block_until_ready(self.programs.decode(**arguments))
+        state = self.programs.decode.waited(**arguments)
         elapsed = (time.perf_counter() - clock) * 1e3
         for slot in slots:
             if slot is not None:

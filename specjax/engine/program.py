@@ -1,18 +1,21 @@
 """Compiled programs: one executable per shape, compile time measured apart from run time."""
 
+import contextlib
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import jax
 
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, SpecjaxError
 
 CommandBuffers = Literal["loop", "body", "off"]
 COMMAND_BUFFERS: tuple[str, ...] = get_args(CommandBuffers)
 
 # What command buffers may hold: XLA's defaults but for conditionals, which need drivers that know them in graphs.
 _IN_A_BODY = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION")
+_KERNEL = re.compile(r"kernel_name='(\w+)'")
 _HELD = {"loop": (*_IN_A_BODY, "CONDITIONAL", "WHILE"), "body": _IN_A_BODY}
 
 
@@ -59,13 +62,49 @@ class Program:
         self._jitted = jax.jit(function, donate_argnames=donate, static_argnames=static)
         self._static = static
         self._compiled: dict[Any, Any] = {}
+        self._traced: list[Any] = []
         self.num_compilations = 0
         self.compile_ms = 0.0
 
     def __call__(self, **kwargs):
         """Runs the function; arguments go by keyword."""
         dynamic = {name: value for name, value in kwargs.items() if name not in self._static}
-        return self.compiled(**kwargs)(**dynamic)
+        compiled = self.compiled(**kwargs)
+        with self.explained("running"):
+            return compiled(**dynamic)
+
+    def kernels(self) -> set[str]:
+        """Names of this package's kernels in the programs for a GPU so far; they begin with their op's."""
+        return {name for jaxpr in self._traced for name in _KERNEL.findall(str(jaxpr))}
+
+    def waited(self, **kwargs):
+        """Runs the function and waits for the device: a fault of a launch shows here."""
+        results = self(**kwargs)
+        with self.explained("running"):
+            return jax.block_until_ready(results)
+
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """What a compiler or a launch raises in the block, where kernels of ours may be to blame, says which and how to
+        do without.
+
+        Raises:
+            SpecjaxError: from the error, with the names of the kernels in the program.
+        """
+        try:
+            yield
+        except SpecjaxError:
+            raise
+        except Exception as error:
+            kernels = self.kernels()
+            if not kernels:
+                raise
+            text = " ".join(str(error).split())[:300]
+            raise SpecjaxError(
+                f"{what} a program with the kernels {', '.join(sorted(kernels))} failed: {type(error).__name__}: "
+                f"{text}; python -m experiments.doctor finds the family that fails and leaves it out from then on, "
+                "--backend=xla launches none, --command_buffers=off does without CUDA graphs"
+            ) from error
 
     def peak_bytes(self) -> int:
         """Device memory of the largest executable so far: arguments, results and temporaries."""
@@ -88,7 +127,11 @@ class Program:
         if key not in self._compiled:
             begin = time.perf_counter()
             options = self.options if jax.default_backend() == "gpu" else None
-            self._compiled[key] = self._jitted.lower(**kwargs).compile(compiler_options=options)
+            traced = self._jitted.trace(**kwargs)
+            if options is not None:
+                self._traced.append(traced.jaxpr.jaxpr)
+            with self.explained("compiling"):
+                self._compiled[key] = traced.lower().compile(compiler_options=options)
             self.compile_ms += (time.perf_counter() - begin) * 1e3
             self.num_compilations += 1
         return self._compiled[key]

@@ -44,12 +44,15 @@ class Policy:
     Attributes:
         backend: "auto", or the one to take.
         quarantine: families that are refused.
+        tuned: tables of tiles that were measured on this machine, as pairs of op and JSON text (see `tuned.parse`);
+            they go before those of this package.
     Raises:
         SpecjaxError: there is no such backend.
     """
 
     backend: Name = "auto"
     quarantine: tuple[Quarantined, ...] = ()
+    tuned: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
@@ -66,6 +69,10 @@ class Policy:
                     "(python -m experiments.doctor checks again; --nodoctor ignores it)"
                 )
         return None
+
+    def table(self, op: str) -> str | None:
+        """The text of an op's measured tiles, or None."""
+        return dict(self.tuned).get(op)
 
 
 Backend = Name | Policy
@@ -99,11 +106,13 @@ class Implementation:
         backend: "xla", "mosaic" or "triton".
         run: the function; it takes the arguments of the op's public function without `backend`.
         refuses: given the same arguments, why this implementation cannot take them, or None.
+        tunable: `run` takes `tuned`, the policy's table of the op or None.
     """
 
     backend: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
+    tunable: bool = False
 
 
 def run(op: str, backend: Backend, implementations: Sequence[Implementation], *args, **kwargs):
@@ -135,7 +144,8 @@ def run(op: str, backend: Backend, implementations: Sequence[Implementation], *a
         if reason is None:
             if backend == "auto":
                 _announce(op, implementation.backend, "; ".join(reasons), forbidden)
-            return implementation.run(*args, **kwargs)
+            tiles = {"tuned": chosen.table(op)} if implementation.tunable else {}
+            return implementation.run(*args, **kwargs, **tiles)
         reasons.append(f"{implementation.backend}: {reason}")
     raise errors.SpecjaxError(f"{op} cannot run with backend={backend!r} ({'; '.join(reasons)})")
 

@@ -67,7 +67,9 @@ class PackedLinear:
         if self.perm is not None:
             x = jnp.take(x, self.perm, axis=-1)
         rows = x.reshape(rows, -1)
-        sums = mosaic.float_parts(rows, self.weight, arch=device.current().arch)
+        table = dispatch.policy(self.backend).table(self.weight.form.format.op(16))
+        arch = device.current().arch
+        sums = mosaic.float_parts(rows, self.weight, arch=arch, tuned=table)
         shape = (*x.shape[:-1], self.out_features)
         return None if sums is None else Parts(sums=sums, shape=shape, dtype=x.dtype)
 

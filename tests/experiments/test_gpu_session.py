@@ -41,7 +41,7 @@ def test_every_step_has_its_lines_whatever_the_others_do(tmp_path):
     assert time.monotonic() - begin < 15
     states = {row["step"]: row["state"] for row in rows}
     assert states == {
-        **{"quick": "done", "hangs": "hung", "dies": "failed", "absent": "missing"},
+        **{"quick": "done", "hangs": "timed out", "dies": "failed", "absent": "missing"},
         **{"large": "done", "fails": "failed"},
     }
     of = {row["step"]: row for row in rows}
@@ -57,7 +57,7 @@ def test_every_step_has_its_lines_whatever_the_others_do(tmp_path):
 def test_nothing_is_begun_when_the_time_is_up(tmp_path):
     session = steps.Session(folder=tmp_path, seconds=1.5)
     rows = session.run([shell("hangs"), shell("quick")])
-    assert [row["state"] for row in rows] == ["hung", "no time"]
+    assert [row["state"] for row in rows] == ["timed out", "no time"]
     assert not (tmp_path / "quick.log").exists()
 
 
@@ -108,23 +108,29 @@ def test_unknown_steps_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_session_on_a_cpu_with_kernels_that_hang_and_die(tmp_path):
     """Stand-ins for kernels: that of int8 weights hangs, attention takes its process down, the others are right."""
-    begin, seconds = time.monotonic(), 240
+    begin, seconds = time.monotonic(), 280
+    chosen = "--steps=versions,doctor,loops,numerics,profile,tests"
     command = [sys.executable, "-m", "experiments.gpu_session", f"--output={tmp_path}"]
     command += [f"--seconds={seconds}", "--kernels=tests.doctor.fakes:stuck"]
-    command += ["--model_shape=smollm2-135m", "--parallel=2"]
+    command += ["--model_shape=smollm2-135m", "--parallel=2", chosen]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, cwd=paths.REPOSITORY, env=environment, capture_output=True, text=True
     )
     assert time.monotonic() - begin < seconds + 15
     rows = [row for row in rows_of(tmp_path / "session.jsonl") if row["state"] != "started"]
-    names = [step.name for step in every_step(scratch=tmp_path)]
+    names = [step.name for step in every_step(chosen, scratch=tmp_path)]
     assert sorted(row["step"] for row in rows) == sorted(names) and done.returncode == 1
     state = {row["step"]: row["state"] for row in rows}
-    assert state["versions"] == state["numerics-0"] == state["numerics-1"] == "done", rows
+    sound = ("versions", "numerics-0", "numerics-1", "numerics-2", "loop-off", "tests")
+    assert all(state[name] == "done" for name in sound), rows
+    assert state["doctor"] == "failed"
     families = {row["op"]: row for row in rows_of(tmp_path / "doctor.jsonl") if "op" in row}
     assert families["tree_attention"]["reason"].startswith("it was ended by SIGSEGV")
     assert "no answer in" in families["matmul_w8a16"]["reason"]
     assert families["matmul_w4a8"]["state"] == families["glue"]["state"] == "passes"
     numbers = [row for row in rows_of(tmp_path / "numerics-2.jsonl") if "op" in row]
-    assert any("SIGSEGV" in row.get("error", "") for row in numbers)
+    errors = {op: [row.get("error") for row in numbers if row["op"] == op] for op in families}
+    assert "no answer in 20 s" in errors["matmul_w8a16"][0]
+    assert "hung or died 2 times" in errors["matmul_w8a16"][-1]
+    assert "SIGSEGV" in errors["tree_attention"][0] and set(errors["matmul_w8a8"]) == {None}

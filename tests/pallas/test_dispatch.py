@@ -1,13 +1,15 @@
 """The choice of a backend, as a name and as a policy that knows what fails on a machine."""
 
+import json
 import logging
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from specjax import errors
 from specjax.models.prepare import Preparation
-from specjax.pallas import device, dispatch
+from specjax.pallas import device, dispatch, tuned
 from specjax.pallas.matmul import backends, tiles
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
@@ -43,6 +45,35 @@ def test_a_backend_that_is_named_is_refused_with_the_reason_and_the_way_round():
     assert not dispatch.permits(dispatch.Policy(backend="xla"), "other", "mosaic")
     with pytest.raises(errors.SpecjaxError, match="backend='cuda' is unknown; known: auto"):
         dispatch.Policy(backend="cuda")
+
+
+def test_tiles_that_were_measured_here_go_before_the_others(tmp_path):
+    """From a folder of the user into the launch, in both forms of the product, and no other backend sees them."""
+    gpu, linear = tiles.typical((9, 0)), draw.make(lookup("w4a16"), 256, 1024, 128)
+    rows = {"8": {"tiles_per_step": 1, "num_stages": 2}}
+    text = json.dumps({"256x1024g128": {"splits": 1, "rows": rows}})
+    path = tmp_path / tuned.folder_name(gpu.kind) / "matmul_w4a16.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    policy = dispatch.Policy(tuned=tuned.tables_in(tmp_path, gpu.kind))
+    assert policy.table("matmul_w4a16") == text and policy.table("matmul_w8a16") is None
+    with device.targeting(gpu):
+        x = jnp.ones((3, 1024), jnp.float16)
+        packed = {
+            name: Preparation(name, "auto", jnp.float16).linear(linear) for name in (policy, "auto")
+        }
+        splits = [
+            jax.eval_shape(lambda x, p=p: p.parts(x).sums, x).shape[0] for p in packed.values()
+        ]
+        assert splits[0] == 1 != splits[1]
+        assert jax.eval_shape(packed[policy], x).shape == (3, 256)
+        many = jnp.ones((300, 1024), jnp.float16)
+        assert jax.eval_shape(
+            Preparation(policy, "auto", jnp.float16).linear(linear), many
+        ).shape == (300, 256)
+    path.write_text("{")
+    with pytest.raises(errors.ConfigError, match=r"matmul_w4a16\.json is not JSON"):
+        tuned.tables_in(tmp_path, gpu.kind)
 
 
 def prepared(gpu: device.Gpu, backend: dispatch.Backend, scheme: str = "w4a16"):

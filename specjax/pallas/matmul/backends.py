@@ -89,6 +89,7 @@ def _by_rows(launch: Callable) -> Callable:
     def run(x, weight, *, x_scale=None, x_sums=None, **kwargs):
         leading = x.shape[:-1]
         if math.prod(leading) > MAX_ROWS:
+            kwargs.pop("tuned", None)
             return _run_xla(x, weight, x_scale=x_scale, x_sums=x_sums, **kwargs)
         x, x_scale, x_sums = (
             None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_sums)
@@ -107,7 +108,7 @@ def _run_xla(x, weight, **kwargs):
 
 _IMPLEMENTATIONS = {
     "mosaic": dispatch.Implementation(
-        backend="mosaic", run=_by_rows(_run_mosaic), refuses=_refuses_mosaic
+        backend="mosaic", run=_by_rows(_run_mosaic), refuses=_refuses_mosaic, tunable=True
     ),
     "triton": dispatch.Implementation(
         backend="triton", run=_by_rows(_run_triton), refuses=_refuses_triton

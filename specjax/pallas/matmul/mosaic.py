@@ -49,6 +49,7 @@ def matmul(
     bias: Float[Array, "N"] | None = None,
     out_dtype=None,
     config: Config | None = None,
+    tuned: str | None = None,
     interpret=None,
 ) -> Float[Array, "M N"]:
     """See `api.matmul`; float inputs are float16 or bfloat16.
@@ -56,9 +57,10 @@ def matmul(
     Args:
         arch: compute capability of the GPU.
         config: tiles; default: tuned ones, or the heuristic.
+        tuned: a table of tiles that goes before this package's, as JSON text.
         interpret: `plgpu.InterpretGPUParams` to run on CPUs.
     """
-    launch = dict(arch=arch, config=config, interpret=interpret)
+    launch = dict(arch=arch, config=config, tuned=tuned, interpret=interpret)
     if x_scale is None:
         return _float_matmul(x, weight, bias, **launch)
     out = _integer_matmul(x, x_scale, weight, x_sums, bias, **launch)
@@ -72,12 +74,13 @@ def _float_matmul(
     *,
     arch: tuple[int, int],
     config: Config | None,
+    tuned: str | None,
     interpret,
 ) -> Float[Array, "M N"]:
     """x W^T + bias in the dtype of x, sums in float32."""
     form = weight.form
     name = form.format.op(16)
-    plan = _plan(x, weight, name, arch, config, interpret, inner_minima=True)
+    plan = _plan(x, weight, name, arch, config, tuned, interpret, inner_minima=True)
     direct = plan.config.splits == 1 and plan.group and bias is None
     if direct:
         plan = _with_dtype(plan, x.dtype)
@@ -103,6 +106,7 @@ def float_parts(
     *,
     arch: tuple[int, int],
     config: Config | None = None,
+    tuned: str | None = None,
     interpret=None,
 ) -> Float[Array, "P R N"] | None:
     """The parts of x W^T, padded, before they are added in order; None for weights whose scales come after the sum."""
@@ -110,7 +114,7 @@ def float_parts(
     if form.per_channel or form.format.two_level:
         return None
     name = form.format.op(16)
-    plan = _plan(x, weight, name, arch, config, interpret, inner_minima=True)
+    plan = _plan(x, weight, name, arch, config, tuned, interpret, inner_minima=True)
     rows = _padded(x, plan)
     sums = _group_sums(rows.astype(jnp.float32), plan) if plan.uses_sums else None
     return _partial_sums(plan, rows, weight, sums, name, interpret)
@@ -125,13 +129,14 @@ def _integer_matmul(
     *,
     arch: tuple[int, int],
     config: Config | None,
+    tuned: str | None,
     interpret,
 ) -> Float[Array, "M N"]:
     """(x_codes * x_scale) W^T + bias, as `reference.quantized` defines it; accumulators are exact."""
     form = weight.form
     name = form.format.op(dtype_bits(x_codes.dtype))
     x = x_codes.astype(form.format.operand_dtype(x_codes.dtype, arch))
-    plan = _plan(x, weight, name, arch, config, interpret, inner_minima=False)
+    plan = _plan(x, weight, name, arch, config, tuned, interpret, inner_minima=False)
     rows = _padded(x.astype(jnp.int8), plan)
     sums = None
     if plan.uses_sums or form.per_channel:
@@ -155,7 +160,7 @@ def _integer_matmul(
     return _with_bias(total, bias)
 
 
-def _plan(x, weight, name: str, arch, config, interpret, *, inner_minima: bool) -> Plan:
+def _plan(x, weight, name: str, arch, config, tuned, interpret, *, inner_minima) -> Plan:
     form = weight.form
     operand = Operand(
         dtype=jnp.dtype(x.dtype),
@@ -166,7 +171,7 @@ def _plan(x, weight, name: str, arch, config, interpret, *, inner_minima: bool) 
     tile = m_tile(len(x), operand.bits, arch)
     if config is None:
         gpu = device.current() or tiles.typical(arch)
-        config = tiles.lookup(name, form, tile, operand.bits, gpu)
+        config = tiles.lookup(name, form, tile, operand.bits, gpu, tuned)
     plan = Plan(
         form=form,
         operand=operand,

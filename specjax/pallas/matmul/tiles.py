@@ -19,10 +19,13 @@ _MAX_ACCUMULATORS = 256
 _RESERVED_BYTES = 2048
 
 
-def lookup(op: str, form: Form, m_tile: int, operand_bits: int, gpu: Gpu) -> Config:
-    """Tiles for a weight under `m_tile` rows per block."""
+def lookup(
+    op: str, form: Form, m_tile: int, operand_bits: int, gpu: Gpu, measured: str | None = None
+) -> Config:
+    """Tiles for a weight under `m_tile` rows per block; `measured` is a table that goes before this package's."""
     key = tuned.weight_key(form.out_features, form.in_features, form.table_group)
-    entry = tuned.table(op, gpu.kind).get(key)
+    own = {} if measured is None else tuned.parsed(measured)
+    entry = own.get(key, tuned.table(op, gpu.kind).get(key))
     if entry is None:
         return heuristic(form, m_tile, operand_bits, gpu)
     if str(m_tile) in entry["rows"]:

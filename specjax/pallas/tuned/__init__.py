@@ -63,6 +63,27 @@ def parse(text: str, name: str) -> dict:
     return entries
 
 
+@functools.cache
+def parsed(text: str) -> dict:
+    """A table from a text that was measured on this machine, read once."""
+    return parse(text, "the tuned tiles of this machine")
+
+
+def tables_in(folder: Path, device_kind: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of op and text of the tables in a folder that is laid out as this one.
+
+    Raises:
+        ConfigError: one of them is damaged.
+    """
+    texts = {
+        path.stem: path.read_text()
+        for path in sorted((folder / folder_name(device_kind)).glob("*.json"))
+    }
+    for op, text in texts.items():
+        parse(text, f"{folder}/{folder_name(device_kind)}/{op}.json")
+    return tuple(texts.items())
+
+
 def paths() -> Iterator[Path]:
     """The tables in the package."""
     yield from sorted(Path(__file__).parent.glob("*/*.json"))
