@@ -108,7 +108,7 @@ def _worker(values: flags.FlagValues) -> workers.Worker | kernel_server.Local:
 
 def _run(values: flags.FlagValues, worker, output) -> None:
     found = _asked(worker, {"device": True}, values.kernel_seconds)
-    gpu = _gpu(found)
+    gpu = kernel_server.gpu_of(found)
     requests = list(_requests(values))
     rows: list[dict[str, Any]] = []
 
@@ -152,17 +152,6 @@ def _asked(worker, question: dict[str, Any], seconds: float) -> dict[str, Any]:
     except workers.Lost as error:
         tail = " ".join(error.last_lines.split())[-300:]
         return {"error": f"{error}: {tail}" if tail else str(error), "process_lost": True}
-
-
-def _gpu(found: dict[str, Any]) -> device.Gpu:
-    if "error" in found:
-        raise ConfigError(f"bench_kernel: its process did not start: {found['error']}")
-    if "missing" in found:
-        raise ConfigError(
-            f"bench_kernel needs an NVIDIA GPU that Mosaic supports; JAX has {found['missing']}. "
-            "Without one, experiments.aot_compile tells what the kernels take"
-        )
-    return device.Gpu(**found["gpu"] | {"arch": tuple(found["gpu"]["arch"])})
 
 
 def _requests(values: flags.FlagValues):

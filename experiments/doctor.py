@@ -18,10 +18,20 @@ from typing import Any
 from absl import flags
 from rich.table import Table
 
-from experiments import bench_kernel
-from experiments.shared import common, contest, environment, flag_groups, flags_doctor, records
+from experiments.shared import (
+    common,
+    contest,
+    environment,
+    flag_groups,
+    flags_doctor,
+    kernel_jobs,
+    kernel_server,
+    kernel_tuning,
+    records,
+)
 from specjax import doctor
 from specjax.doctor import verdicts as keeping
+from specjax.doctor import workers
 from specjax.errors import ConfigError
 
 _STYLES = {"fails": "bold red", "passes": "green"}
@@ -88,14 +98,20 @@ def main(values: flags.FlagValues) -> None:
 def _tune(values: flags.FlagValues, found: doctor.Verdicts) -> None:
     """Tiles of the products that pass, through the kernel benchmark's tuner."""
     passing = {v.op for v in found.families if v.state == "passes" and v.backend == "mosaic"}
-    ops = [op for op in bench_kernel.OPS if op in passing and op.startswith("matmul")]
+    ops = [op for op in kernel_jobs.OPS if op in passing and op.startswith("matmul")]
     if not ops:
         raise ConfigError("--tune: no product passes on Mosaic here, so there are no tiles to try")
-    arguments = [f"--ops={','.join(ops)}", f"--shapes={values.tune_shape}", "--m=8,16,64"]
-    arguments += ["--notimes", "--write_tuned", f"--tune_minutes={values.tune_minutes}"]
-    arguments += [f"--tuned_dir={flags_doctor.tuned_folder(values)}", "--kernel_seconds=30"]
-    arguments += [] if values.kernels is None else [f"--kernels={values.kernels}"]
-    bench_kernel.main(common.parse(bench_kernel.define_flags, arguments))
+    worker = workers.Worker(kernel_server.ENTRY, {"times": False, "kernels": values.kernels})
+    with worker:
+        gpu = kernel_server.gpu_of(worker.ask({"device": True}, 60))
+        written = kernel_tuning.write_tuned(
+            *(ops, [values.tune_shape], [8, 16, 64], gpu, worker),
+            seconds=values.tune_minutes * 60,
+            kernel_seconds=30,
+            folder=flags_doctor.tuned_folder(values),
+        )
+    for path, names in written.items():
+        print(f"tuned tiles of {', '.join(names)} -> {path}")
 
 
 def chosen(names: list[str] | None, kernels: str | None) -> list[doctor.Family]:

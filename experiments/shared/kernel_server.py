@@ -13,6 +13,7 @@ from experiments.shared import environment, kernel_jobs
 from experiments.shared import kernel_timing as timing
 from experiments.shared.kernel_jobs import Job
 from specjax.doctor import workers
+from specjax.errors import ConfigError
 from specjax.pallas import device
 from specjax.pallas.matmul import specs, tiles
 from specjax.pallas.matmul.plan import Config
@@ -152,6 +153,22 @@ class Server:
             weights = [job.draw_weights(2 + i, w) for i, w in enumerate(self._weights)]
             self._jobs[rows] = job, job.draw_x(1), weights
         return self._jobs[rows]
+
+
+def gpu_of(found: dict[str, Any]) -> device.Gpu:
+    """The GPU of an answer to {"device": True}.
+
+    Raises:
+        ConfigError: there is none, or the process did not start.
+    """
+    if "error" in found:
+        raise ConfigError(f"the process of kernels did not start: {found['error']}")
+    if "missing" in found:
+        raise ConfigError(
+            f"kernels need an NVIDIA GPU that Mosaic supports; JAX has {found['missing']}. "
+            "Without one, experiments.aot_compile tells what the kernels take"
+        )
+    return device.Gpu(**found["gpu"] | {"arch": tuple(found["gpu"]["arch"])})
 
 
 def _value(measured: Callable[[], float]) -> float | str:

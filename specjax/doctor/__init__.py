@@ -7,7 +7,7 @@
 Nothing is global: what fails here goes, as the value `policy()`, to whoever chooses backends.
 """
 
-from specjax.doctor.check import FAMILIES, Family, Limits, check, known_or_checked
+from specjax.doctor.examination import FAMILIES, Family, Limits, check, known_or_checked
 from specjax.doctor.verdicts import Verdict, Verdicts
 
 __all__ = ["FAMILIES", "Family", "Limits", "Verdict", "Verdicts", "check", "known_or_checked"]
