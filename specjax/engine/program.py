@@ -77,16 +77,10 @@ class Program:
         """Names of this package's kernels in the programs for a GPU so far; they begin with their op's."""
         return {name for jaxpr in self._traced for name in _KERNEL.findall(str(jaxpr))}
 
-    def waited(self, **kwargs):
-        """Runs the function and waits for the device: a fault of a launch shows here."""
-        results = self(**kwargs)
-        with self.explained("running"):
-            return jax.block_until_ready(results)
-
     @contextlib.contextmanager
     def explained(self, what: str) -> Iterator[None]:
         """What a compiler or a launch raises in the block, where kernels of ours may be to blame, says which and how to
-        do without.
+        do without. Faults of launches show where their results are waited for.
 
         Raises:
             SpecjaxError: from the error, with the names of the kernels in the program.

@@ -37,7 +37,7 @@ def test_what_does_not_compile_names_its_kernels(monkeypatch):
 
 def test_faults_of_launches_do_too_and_other_errors_stay_what_they_are(monkeypatch):
     sound = Program(lambda x: x + 1)
-    assert sound.waited(x=jnp.ones(2)).tolist() == [2.0, 2.0]
+    assert sound(x=jnp.ones(2)).tolist() == [2.0, 2.0]
     for error in (ValueError("unrelated"), ConfigError("bad input")):
         with pytest.raises(type(error), match=str(error)), sound.explained("running"):
             raise error
