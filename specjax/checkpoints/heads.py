@@ -75,7 +75,12 @@ def open_eagle(folder: HeadFolder, target: Llama) -> eagle.EagleHead:
 
 def is_eagle3(folder: HeadFolder) -> bool:
     """Whether a folder holds an EAGLE-3 head, of any variant, P-EAGLE too."""
-    return any(f"{layer}.hidden_norm.weight" in folder.names for layer in ("midlayer", "layers.0"))
+    stored = any(f"{n}.hidden_norm.weight" in folder.names for n in ("midlayer", "layers.0"))
+    # Heads of EAGLE-1/2 have no final norm, and those that draft blocks norm all features in one place.
+    stored |= {"fc.weight", "norm.weight"} <= folder.names and "hidden_norm.weight" not in (
+        folder.names
+    )
+    return folder.says in ("eagle3", "peagle") or (folder.says is None and stored)
 
 
 def is_parallel(folder: HeadFolder) -> bool:
