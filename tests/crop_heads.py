@@ -26,6 +26,15 @@ def crop(source: Path, name: str, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     folder = source / "checkpoints" / name
+    if folder.is_dir():
+        crop_tensors(folder, name, target)
+    record = source / "goldens" / f"{name}.json"
+    if record.is_file():
+        crop_rounds(record, target)
+
+
+def crop_tensors(folder: Path, name: str, target: Path) -> None:
+    """A folder's configuration and weights."""
     shutil.copyfile(folder / "config.json", target / "config.json")
     tensors = derived.tensors_of(folder)
     if name in SAME:
@@ -38,9 +47,6 @@ def crop(source: Path, name: str, target: Path) -> None:
     else:
         safetensors.numpy.save_file(tensors, target / "model.safetensors", {"format": "pt"})
         packed.main([target / "model.safetensors"])
-    record = source / "goldens" / f"{name}.json"
-    if record.is_file():
-        crop_rounds(record, target)
 
 
 def crop_rounds(record: Path, target: Path) -> None:
@@ -51,7 +57,7 @@ def crop_rounds(record: Path, target: Path) -> None:
     kept = {}
     for key, array in safetensors.numpy.load_file(record.with_suffix(".safetensors")).items():
         prompt, *middle, field = key.split(".")
-        of_round = prompt in kept_prompts and bool(middle) and middle[0].startswith("r")
+        of_round = prompt in kept_prompts and bool(middle) and middle[-1].startswith("r")
         if field in _ALWAYS or (of_round and field not in _UNREAD):
             kept[key] = array
     safetensors.numpy.save_file(kept, target / "golden.safetensors")

@@ -37,8 +37,8 @@ class Golden:
     """
 
     def __init__(self, name: str, whole: bool = False):
-        copied = folder(name)
-        if whole or not (copied / "golden.json").is_file():
+        copied = paths.find(Path("heads", name))
+        if whole or copied is None or not (copied / "golden.json").is_file():
             shared = _SHARED / "goldens"
             files = [
                 paths.require(shared / f"{name}.{suffix}") for suffix in ("json", "safetensors")

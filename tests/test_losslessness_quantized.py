@@ -70,6 +70,8 @@ COVER += [
     ("hierarchical", "w8a8"),
     ("medusa", "w4a8-qqq"),
     ("one-pass", "w4a16"),
+    ("block", "w8a8"),
+    ("pard", "w4a8"),
 ]
 
 

@@ -16,7 +16,7 @@ from specjax.config import ModelConfig, RopeConfig
 from specjax.decoding import sampling as sample
 from specjax.drafters import eagle as eagle_drafter
 from specjax.drafters import medusa as medusa_drafter
-from specjax.drafters.arrangements import Chain
+from specjax.drafters.arrangements import BestFirst, Chain, Widths
 from specjax.drafters.base import Drafter
 from specjax.drafters.feature_chain import FeatureChain
 from specjax.drafters.hierarchical import Hierarchical
@@ -26,7 +26,8 @@ from specjax.drafters.none import NoDraft
 from specjax.drafters.one_pass import OnePass
 from specjax.drafters.self_draft import SelfDraft
 from specjax.engine.engine import Completion, Engine, Programs, Request
-from specjax.models import eagle, eagle3, llama, medusa, peagle
+from specjax.models import block, eagle, eagle3, llama, markov, medusa, pard, peagle
+from specjax.models import layers as nn
 from specjax.models.prepare import prepare
 from specjax.quant.dense_linear import Linear
 from specjax.quantize import quantize, recipe, shrink
@@ -194,6 +195,33 @@ class Parts:
         return peagle.PEagleHead(self.eagle31, jnp.asarray(mask), mask_token=2, num_drafts=3)
 
     @functools.cached_property
+    def block(self) -> block.BlockHead:
+        """A random block head: a causal layer with a window, one that sees all of the block, and a carried term."""
+        shape = replace(self.config, num_layers=2)
+        hidden, vocab, found = shape.hidden_size, shape.vocab_size, RandomCheckpoint(shape, 6)
+        layout = block.Layout(
+            size=5, mask_token=2, fill_in=True, causal=(True, False), windows=(6, None)
+        )
+
+        def linear(name: str, out: int, inp: int) -> Linear:
+            return llama.build_linear(found, name, out, inp, False, jnp.float32)
+
+        table = jnp.asarray(found.tensor("w1", (vocab, 8)))
+        term = markov.Markov(
+            "rnn", nn.Embedding(table), linear("w2", vocab, 8), linear("mix", 24, 16 + hidden)
+        )
+        return block.BlockHead(
+            shape,
+            layout,
+            (1, self.config.num_layers),
+            linear("fc", hidden, 2 * hidden),
+            llama.build_norm(found, "hidden_norm", jnp.float32),
+            [llama.build_layer(found, i, jnp.float32, f"layers.{i}") for i in range(2)],
+            llama.build_norm(found, "norm", jnp.float32),
+            markov=term,
+        )
+
+    @functools.cached_property
     def eagle(self) -> eagle.EagleHead:
         return fixture_head() if self.fixture == "tiny-fp16" else head(self.config)
 
@@ -254,6 +282,13 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "medusa": _medusa,
     "head": lambda parts: FeatureChain(head=parts.eagle31, draft_depth=3),
     "one-pass": lambda parts: OnePass(head=parts.peagle, arrangement=Chain(draft_depth=3)),
+    "block": lambda parts: OnePass(
+        head=parts.block, arrangement=BestFirst(num_nodes=9, draft_depth=3)
+    ),
+    "pard": lambda parts: OnePass(
+        head=pard.PardHead(parts.model, mask_token=2, num_drafts=4),
+        arrangement=Widths(num_nodes=8, draft_depth=3, topk=3),
+    ),
     "hierarchical": _hierarchical,
     "nested": _nested,
 }

@@ -59,6 +59,7 @@ class HeadFolder:
         files = MEDUSA_FILES if has_medusa else find.STANDARD_NAMES
         self.tensors = source.open_source(path, files)
         self.names = frozenset(self.tensors.names())
+        self._elsewhere = False
 
     @property
     def says(self) -> str | None:
@@ -170,7 +171,9 @@ class HeadFolder:
         stored = {
             name.split(".")[-2]
             for name in self.names
-            if name.endswith("_proj.bias") and np.any(self.tensors.read(name))
+            if name.endswith("_proj.bias")
+            and name.split(".")[-3:-2] in (["self_attn"], ["mlp"])
+            and np.any(self.tensors.read(name))
         }
         return tuple(n for n in _PROJECTIONS if config.has_bias(n) or n in stored)
 
@@ -185,12 +188,18 @@ class HeadFolder:
         tensors = _Renamed(self.tensors, renamed) if renamed else self.tensors
         return hf.HFCheckpoint(self.path, config, tensors)
 
+    def leave_to_loader(self) -> None:
+        """Says that another loader has read the tensors, and answers for those that it has not."""
+        self._elsewhere = True
+
     def finish(self) -> None:
         """Refuses tensors that nothing has read, once the head is built: parts of it that were dropped.
 
         Raises:
             CheckpointError: naming them.
         """
+        if self._elsewhere:
+            return
         if left := inventory.unread_of_head(self.tensors):
             raise CheckpointError(
                 f"{self.path}: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}: no part of such a head as its "

@@ -105,7 +105,7 @@ def open_eagle3(
     ids = head_settings.layer_ids(folder, target.config.num_layers)
     num_drafts, d2t = head_settings.draft_offsets(folder, config.vocab_size)
     own = {name: f"{name}.weight" in folder.names for name in ("embed_tokens", "lm_head")}
-    _check_shared(folder, config, target, own, num_drafts)
+    check_shared(folder, config, target, own, num_drafts)
     renamed = {"layers.0.": "midlayer."} if "midlayer.hidden_norm.weight" in folder.names else {}
     return eagle3.build(
         folder.checkpoint(config, renamed),
@@ -134,7 +134,7 @@ def variant(folder: HeadFolder) -> eagle3.Variant:
     return eagle3.Variant(**flags)
 
 
-def _check_shared(
+def check_shared(
     folder: HeadFolder, config: ModelConfig, target: Llama, own: dict[str, bool], num_drafts: int
 ) -> None:
     """Refuses heads that would use the target's embeddings or output head and do not fit them."""

@@ -21,7 +21,7 @@ from specjax.files import hub
 from specjax.quantize import heads as rotated
 
 # Files in head_kinds/, in the order in which they are asked.
-KINDS = ("medusa", "mtp", "peagle", "eagle3", "eagle")
+KINDS = ("pard", "medusa", "mtp", "dspark", "dflash", "peagle", "eagle3", "eagle")
 
 
 def find_kind(folder: HeadFolder) -> str | None:
@@ -59,6 +59,7 @@ def build(
     topk: int | None = None,
     window: int | None = None,
     layer_ids: list[int] | None = None,
+    confidence: float | None = None,
 ) -> Drafter:
     """Opens the head in the folder `model`.
 
@@ -66,10 +67,14 @@ def build(
         tree: "chain" (of the head's own length, unless `draft_depth` is given), "best-first" or "topk"; None: what
             suits the kind.
         topk: children per node of a `topk` tree.
+        confidence: of heads that know it, the least probability of being kept that a draft of a chain may have; the
+            chain ends before the first that is below.
         window: tokens of the text that the head's attention sees at most.
         layer_ids: states of the target that the head reads (i is the input of layer i), where its settings mean others.
     """
-    wanted = HeadOptions(tree=tree, num_nodes=num_nodes, draft_depth=draft_depth, topk=topk)
+    wanted = HeadOptions(
+        tree=tree, num_nodes=num_nodes, draft_depth=draft_depth, topk=topk, confidence=confidence
+    )
     head_options.check(wanted)
     if window is not None and sample.whole("window", window) < 1:
         raise ConfigError(f"{window=}: must be a whole number of at least 1")

@@ -24,12 +24,14 @@ class HeadOptions:
         num_nodes: nodes of a tree, the root included; of a chain it follows from its length.
         draft_depth: levels of the tree, length of the chain.
         topk: children per node of a `topk` tree.
+        confidence: least probability of being kept that a draft of a chain may have.
     """
 
     tree: Shape | None = None
     num_nodes: int | None = None
     draft_depth: int | None = None
     topk: int | None = None
+    confidence: float | None = None
 
     def shape(self, *supported: Shape) -> Shape:
         """The tree asked for, by default the first that the kind supports.
@@ -71,6 +73,10 @@ def check(options: HeadOptions) -> None:
         raise ConfigError(
             f"tree={options.tree!r}: supported are {', '.join(map(repr, get_args(Shape)))}"
         )
+    if options.confidence is not None:
+        value = options.confidence
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"confidence={value!r}: must be a probability, from 0 to 1")
     asked = {"num_nodes": 2, "draft_depth": 1, "topk": 1}
     for name, least in asked.items():
         value = getattr(options, name)
@@ -105,5 +111,18 @@ def one_pass(make: Callable[[int], OnePassHead], options: HeadOptions, own_depth
     """
     shape = options.shape(*arrangements.SHAPES)
     depth = options.chain_depth(own_depth) if shape == "chain" else options.draft_depth or own_depth
-    arrangement = arrangements.SHAPES[shape](options, depth)
-    return OnePass(head=make(depth), arrangement=arrangement)
+    head = make(depth)
+    if depth > head.num_drafts:
+        raise ConfigError(f"draft_depth={depth}: a pass of this head drafts {head.num_drafts}")
+    if shape != "topk" and options.topk is not None:
+        raise ConfigError(f"topk={options.topk} with tree={shape!r}: it is of tree='topk'")
+    if options.confidence is not None and (shape != "chain" or not head.knows_confidence):
+        raise ConfigError(
+            f"confidence={options.confidence}: only chains (tree='chain') of heads with a confidence head end by it"
+        )
+    return OnePass(head=head, arrangement=arrangements.SHAPES[shape](options, depth))
+
+
+def one_block(head: OnePassHead, options: HeadOptions, own_depth: int) -> Drafter:
+    """As `one_pass`, of a network whose passes have one size; trees take fewer levels of it where that is asked for."""
+    return one_pass(lambda depth: head, options, own_depth)

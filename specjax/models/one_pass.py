@@ -90,13 +90,24 @@ class OnePassHead(nnx.Module):
         """Logits over the draft vocabulary of each slot by itself; float32."""
         raise NotImplementedError
 
-    def begin(self, hidden: Float[Array, "B K D"]) -> Any:
-        """Where `stepwise`: what `step` carries from slot to slot."""
+    def begin(self, hidden: Float[Array, "B K D"], root: Int[Array, "B"]) -> Any:
+        """Where `stepwise`: what `step` carries from slot to slot, a pytree of arrays [B, ...]."""
         return ()
 
     def step(self, carry, hidden: Float[Array, "B D"], logits, previous: Int[Array, "B"]):
         """Where `stepwise`: (carry, logits [B, U]) of a slot, given the token id (of the target) before it."""
         return carry, logits
+
+    @property
+    def knows_confidence(self) -> bool:
+        """Whether `confidence` has an answer."""
+        return False
+
+    def confidence(
+        self, hidden: Float[Array, "B D"], previous: Int[Array, "B"]
+    ) -> Float[Array, "B"]:
+        """Logit of the probability that the draft of a slot is kept, given the token before it and that that is."""
+        raise NotImplementedError
 
     def target_ids(self, draft_ids: Int[Array, "..."]) -> Int[Array, "..."]:
         """Token ids of the target's vocabulary."""
