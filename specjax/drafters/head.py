@@ -21,7 +21,7 @@ from specjax.files import hub
 from specjax.quantize import heads as rotated
 
 # Files in head_kinds/, in the order in which they are asked.
-KINDS = ("pard", "medusa", "mtp", "dspark", "dflash", "peagle", "eagle3", "eagle")
+KINDS = ("medusa", "mtp", "dspark", "dflash", "peagle", "eagle3", "eagle", "pard")
 
 
 def find_kind(folder: HeadFolder) -> str | None:
@@ -84,5 +84,8 @@ def build(
     folder = HeadFolder(path, window, layer_ids)
     drafter = kind_of(folder).build(folder, target, wanted)
     folder.finish()
-    rotated.check_pair(hub.resolve(target.name), path)
+    if unused := folder.unused():
+        raise ConfigError(f"{unused}: heads of this kind have no such setting; leave it out")
+    if drafter.needs is not None:
+        rotated.check_pair(hub.resolve(target.name), path, folder.tensors)
     return drafter

@@ -108,6 +108,11 @@ READ: dict[str, tuple[str, dict, Callable[[object], bool]]] = {
         {"mask_token_id": None, "ptd_token_id": 7},
         lambda d: d.head.mask_token == 7,
     ),
+    "the mask token under PARD's name": (
+        PARALLEL,
+        {"mask_token_id": None, "pard_token": 7},
+        lambda d: d.head.mask_token == 7,
+    ),
 }
 
 
@@ -189,6 +194,15 @@ def test_what_would_draft_something_else_is_refused(case, tmp_path):
 def test_options_that_do_not_fit(options, match, tmp_path):
     with pytest.raises(SpecjaxError, match=match):
         opened(SPECULATORS, tmp_path, **options)
+
+
+def test_options_that_a_kind_does_not_have():
+    target = head_fixtures.target("tiny8-llama")
+    folder = str(head_fixtures.folder("pard-llama-draft"))
+    with pytest.raises(SpecjaxError, match="window=8: heads of this kind have no such setting"):
+        opening.build(target, folder, window=8)
+    with pytest.raises(SpecjaxError, match="this head has no confidence head"):
+        opening.build(target, str(head_fixtures.folder(NORMED)), confidence=0.5)
 
 
 def test_tensors_tell_what_flags_do_not(tmp_path, caplog):
