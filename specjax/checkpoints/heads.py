@@ -30,19 +30,22 @@ _EAGLE3_ONLY = {
 _log = logging.getLogger(__name__)
 
 
-def load_eagle(path: Path, target: Llama, target_name: str):
+def load_eagle(path: Path, target: Llama, target_name: str, window: int | None = None):
     """Loads an EAGLE-1/2 or EAGLE-3 head for `target`, in the target's compute dtype; the tensors tell which.
 
     Layouts: upstream EAGLE (`fc`, `layers.0` or `midlayer`), SGLang's repacked ones (the same names), DeepSpec (flat,
     `layers.0`) and speculators (shapes in `transformer_layer_config`). A `quantization_config` that the head's
     config.json copied from its target does not apply to the head.
 
+    Args:
+        window: tokens that its attention sees at most; None: what its settings say.
+
     Raises:
         FileNotFoundError: no such folder, or files missing in it.
         ConfigError: the head was made for a target of another shape, or a setting is not supported.
         CheckpointError: its tensors are of no known kind, malformed or incomplete, or not all of them are part of it.
     """
-    folder = HeadFolder(path)
+    folder = HeadFolder(path, window)
     if is_eagle3(folder) and is_parallel(folder):
         raise CheckpointError(
             f"{path}: a P-EAGLE head, which the drafter 'head' opens, not 'eagle'"
@@ -102,6 +105,7 @@ def open_eagle3(
     for name, supported in _EAGLE3_ONLY.items():
         folder.refuse(name, supported)
     folder.refuse("target_hidden_size", target.config.hidden_size)
+    folder.refuse("num_target_layers", target.config.num_layers)
     ids = head_settings.layer_ids(folder, target.config.num_layers)
     num_drafts, d2t = head_settings.draft_offsets(folder, config.vocab_size)
     own = {name: f"{name}.weight" in folder.names for name in ("embed_tokens", "lm_head")}

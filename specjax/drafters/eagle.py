@@ -148,9 +148,16 @@ def build(
     vocabulary: str | None = None,
     vocabulary_size: int | None = None,
     scheme: str | None = None,
+    window: int | None = None,
 ) -> Eagle:
-    """Loads the head `model` (None: the one that ships with the target), its vocabulary and scheme as asked for."""
+    """Loads the head `model` (None: the one that ships with the target), its vocabulary and scheme as asked for.
+
+    Args:
+        window: tokens of the text that the head's attention sees at most, for texts longer than it was trained on.
+    """
     options.lengths(target, draft_depth=draft_depth)
+    if window is not None:
+        options.lengths(target, window=window)
     sample.whole("num_nodes", num_nodes)
     if sample.whole("topk", topk) > target.config.vocab_size:
         raise ConfigError(f"{topk=} exceeds the vocabulary of {target.config.vocab_size} tokens")
@@ -161,7 +168,7 @@ def build(
             "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
         )
     folder = hub.shipped_head(str(path)) or hub.resolve(str(path))
-    head = heads.load_eagle(folder, target.module, target.name)
+    head = heads.load_eagle(folder, target.module, target.name, window)
     rotated.check_pair(hub.resolve(target.name), folder)
     if vocabulary is not None or vocabulary_size is not None:
         ids = _draft_vocabulary(target, folder, vocabulary, vocabulary_size)

@@ -80,7 +80,9 @@ def build(checkpoint, dtype) -> EagleHead:
     config = checkpoint.config
     hidden, vocab, prefix = config.hidden_size, config.vocab_size, "layers.0"
     layer = nn.DecoderLayer(
-        self_attn=llama.build_attention(checkpoint, f"{prefix}.self_attn", hidden, dtype),
+        self_attn=llama.build_attention(
+            checkpoint, f"{prefix}.self_attn", hidden, dtype, config.layer_kind(0)
+        ),
         mlp=llama.build_mlp(checkpoint, f"{prefix}.mlp", dtype),
         input_layernorm=None,
         post_attention_layernorm=llama.build_norm(
