@@ -59,6 +59,7 @@ def test_what_is_written_is_read_back(name, tmp_path):
         assert written.get(field) == upstream.get(field)
 
 
+@pytest.mark.slow
 def test_a_head_that_was_made_here(tmp_path):
     """Embeddings are the target's and are stored all the same; the draft vocabulary is a part."""
     target = head_fixtures.target("tiny8-llama")
