@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from specjax.checkpoints import head_settings
 from specjax.checkpoints.head_folder import HeadFolder, check_fit
 from specjax.config import ModelConfig
@@ -73,7 +75,7 @@ def open_eagle(folder: HeadFolder, target: Llama) -> eagle.EagleHead:
     """An EAGLE-1/2 head; see `load_eagle`."""
     config = folder.shape()
     check_fit(folder, config, target.config, "hidden_size", "vocab_size")
-    return eagle.build(folder.checkpoint(config), target.dtype)
+    return _sharing(eagle.build(folder.checkpoint(config), target.dtype), target)
 
 
 def is_eagle3(folder: HeadFolder) -> bool:
@@ -111,7 +113,7 @@ def open_eagle3(
     own = {name: f"{name}.weight" in folder.names for name in ("embed_tokens", "lm_head")}
     check_shared(folder, config, target, own, num_drafts)
     renamed = {"layers.0.": "midlayer."} if "midlayer.hidden_norm.weight" in folder.names else {}
-    return eagle3.build(
+    head = eagle3.build(
         folder.checkpoint(config, renamed),
         target.dtype,
         layer_ids=ids,
@@ -121,6 +123,16 @@ def open_eagle3(
         variant=variant(folder),
         own_head=own["lm_head"],
     )
+    return _sharing(head, target)
+
+
+def _sharing[Head](head: Head, target: Llama) -> Head:
+    """The head without a copy of the target's embeddings, which most files have: a gigabyte for large vocabularies."""
+    own, theirs = head.embed_tokens, target.model.embed_tokens.weight[...]
+    alike = own is not None and (own.weight.shape, own.weight.dtype) == (theirs.shape, theirs.dtype)
+    if alike and bool(jnp.array_equal(own.weight[...], theirs)):
+        head.embed_tokens = None
+    return head
 
 
 def variant(folder: HeadFolder) -> eagle3.Variant:
