@@ -72,6 +72,8 @@ COVER += [
     ("head", "w4a16"),
     ("block", "w8a8"),
     ("pard", "w4a8"),
+    ("merge", "w4a16"),
+    ("suffix", "w8a8"),
 ]
 
 
