@@ -1,7 +1,7 @@
 """Errors that users meet: each names the field or tensor, the value found, and what to do.
 
-They derive from ValueError, so that code which does not know this package can still catch them; a runner that is closed is
-no bad input and derives from RuntimeError.
+They derive from ValueError, so that code which does not know this package can still catch them; a runner that is closed
+is no bad input and derives from RuntimeError.
 """
 
 
