@@ -21,7 +21,17 @@ from specjax.quant.scheme import SCHEMES
 from specjax.quantize import recipe
 
 _MODEL_FLAGS = (
-    *("format", "scheme", "method", "group_size", "symmetric", "act_order", "damping", "clip"),
+    *(
+        "format",
+        "scheme",
+        "method",
+        "head_scheme",
+        "group_size",
+        "symmetric",
+        "act_order",
+        "damping",
+        "clip",
+    ),
     *("smooth_strength", "rotate", "rotation", "calibration_file", "calibration_samples"),
     *("calibration_tokens", "seed", "dtype", "layout", "overwrite"),
 )
@@ -60,6 +70,7 @@ def _define_quantization_flags(values: flags.FlagValues) -> None:
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     with flag_groups.heading(values, "Quantization"):
         string("scheme", None, f"Quantize to one of {', '.join(SCHEMES)}.")
+        string("head_scheme", recipe.DENSE_HEAD, "Of the output head: dense, or an 8-bit scheme.")
         integer(
             "group_size",
             None,

@@ -60,6 +60,11 @@ def define_flags(values: flags.FlagValues) -> None:
             lower_bound=2,
         )
         integer("num_heads", 4, "Medusa heads.", lower_bound=1)
+        flags.DEFINE_enum(
+            *("head_layout", "upstream", ("upstream", "speculators")),
+            "Layout of the folder that is written; speculators (vLLM's) takes eagle3.",
+            flag_values=values,
+        )
     with flag_groups.heading(values, "Training"):
         number("learning_rate", None, "Peak. Default: 3e-4; medusa 1e-3.", lower_bound=0.0)
         number(
@@ -100,6 +105,10 @@ def _check(values: flags.FlagValues) -> None:
         raise ConfigError("give --text_file, --prompts_file or --self_prompts")
     if values.prompts_file is not None and values.self_prompts is not None:
         raise ConfigError("--prompts_file and --self_prompts exclude each other")
+    if values.head_layout == "speculators" and values.kind != "eagle3":
+        raise ConfigError(
+            f"--head_layout=speculators with --kind={values.kind}: that layout takes eagle3"
+        )
     training_runs.check_text(values)
 
 
@@ -182,7 +191,15 @@ class _Run:
 
         facts = training_runs.facts(self._values, _RECIPE, self._examples, curve)
         ranking = self._ranking if self._values.kind == "eagle" else None
-        export.write(head, self._output, ranking=ranking, facts=facts, overwrite=True)
+        export.write(
+            *(head, self._output),
+            ranking=ranking,
+            facts=facts,
+            overwrite=True,
+            layout=self._values.head_layout,
+            target=self._model.module,
+            target_name=self._values.model,
+        )
 
 
 def _ranking(values: flags.FlagValues, examples, model, files: list[Path]):

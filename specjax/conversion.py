@@ -79,6 +79,7 @@ def convert(
     format: str = "specjax",
     scheme: str | None = None,
     method: str | None = None,
+    head_scheme: str = recipe.DENSE_HEAD,
     group_size: int | None = None,
     symmetric: bool = True,
     act_order: bool = True,
@@ -109,6 +110,7 @@ def convert(
         scheme: what to quantize to; see `specjax.quant.scheme.SCHEMES`.
         method: "rtn", "gptq", "smoothquant", "qqq" or "qoq"; None is gptq with a calibration file, else
             rtn.
+        head_scheme: scheme of the output head; "dense" leaves it as it is.
         group_size, symmetric, act_order, damping, clip: see `specjax.quantize.recipe.make`.
         smooth_strength: migration strength of smoothquant, qqq and qoq.
         rotate: rotate the model first (QuaRot); for 4-bit activations with run-time products
@@ -137,6 +139,7 @@ def convert(
         method = method or ("rtn" if calibration_file is None else "gptq")
         chosen = recipe.make(
             *(scheme, method),
+            head_scheme=head_scheme,
             group_size=group_size,
             symmetric=symmetric,
             act_order=act_order,
@@ -144,8 +147,8 @@ def convert(
             clip=clip,
             strength=smooth_strength,
         )
-    elif method is not None or group_size is not None:
-        raise ConfigError("method and group_size quantize: say to which scheme")
+    elif method is not None or group_size is not None or head_scheme != recipe.DENSE_HEAD:
+        raise ConfigError("method, group_size and head_scheme quantize: say to which scheme")
     if chosen is not None and chosen.needs_calibration and calibration_file is None:
         raise ConfigError(
             f"method={method!r} needs calibration_file; without one, use method='rtn'"
@@ -250,6 +253,9 @@ def _check_recipe(chosen: Recipe, config: ModelConfig, format: str) -> None:
     for name, shape in shapes.items():
         linear = rtn.quantize(jnp.zeros(shape, jnp.float32), chosen.scheme, chosen.group_size)
         export.PACKERS[format].check(linear, f"model.layers.0.{name}")
+    if chosen.head is not None:
+        rows = jnp.zeros((config.vocab_size, hidden), jnp.float32)
+        export.PACKERS[format].check(rtn.quantize(rows, chosen.head), "lm_head")
 
 
 def _tokenizer(path: Path, checkpoint: base.Checkpoint, needed: bool):

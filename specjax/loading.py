@@ -19,6 +19,7 @@ from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.models.prepare import Dequantize, Preparation
 from specjax.quant import view
+from specjax.quant.scheme import Scheme
 from specjax.quantize import quantize as quantizing
 from specjax.quantize import recipe as recipes
 from specjax.quantize import rotate
@@ -34,6 +35,8 @@ class LoadOptions:
         scheme: activation scheme to run the checkpoint's codes under, e.g. "w4a8" for W4A16 codes.
         quantize: scheme to round the layers' linears to while loading (to nearest, of the decoded weights if they are
             quantized already; `specjax.convert` has better methods).
+        head_scheme: scheme to round the output head to while loading, or "dense"; "auto" is "w8a8" where `quantize` has
+            8-bit integer activations, else what is stored.
         backend: kernels; see `specjax.pallas.dispatch`.
         dequantize: "load" makes weight-only linears dense at once, "never" keeps the codes, "fold" too, with the two
             levels of QQQ's group scales as one (fewer instructions per weight; not QQQ's own rounding); "auto" decides
@@ -53,6 +56,7 @@ class LoadOptions:
     dtype: str | None = None
     scheme: str | None = None
     quantize: str | None = None
+    head_scheme: str = "auto"
     backend: str = "auto"
     dequantize: Dequantize = "auto"
     chat_template: str | None = None
@@ -133,6 +137,12 @@ def load_model(path_or_name: str | Path, options: LoadOptions) -> LoadedModel:
     )
 
 
+def _head_scheme(options: LoadOptions) -> Scheme | None:
+    """What the output head is rounded to; None: it stays as it is stored."""
+    name = options.head_scheme
+    return recipes.head(recipes.head_at_load(options.quantize) if name == "auto" else name)
+
+
 def _network(checkpoint, dtype: jnp.dtype, options: LoadOptions) -> Llama:
     """The network of a checkpoint, layer by layer in run-time form, its depth policy attached."""
     policy = routing.policy(
@@ -173,5 +183,7 @@ def _network(checkpoint, dtype: jnp.dtype, options: LoadOptions) -> Llama:
     inventory.warn(checkpoint, ignore=".router." if policy is None else None)
     if scheme is not None and not has_codes:
         module.with_scheme(scheme)  # raises: there is nothing to view
+    if (head := _head_scheme(options)) is not None:
+        module = quantizing.round_head(module, head)
     module = Llama(module.config, module.model, preparation.linear(module.lm_head))
     return routing.attach(module, checkpoint.config, policy)

@@ -17,7 +17,7 @@ from specjax import verify
 from specjax.checkpoints import export, formats, gguf, hf
 from specjax.config import ARCHITECTURES
 from specjax.depth import selection
-from specjax.drafters import registry
+from specjax.drafters import head, registry
 from specjax.errors import ConfigError
 from specjax.pallas import dispatch
 from specjax.quant.scheme import SCHEMES, Scheme
@@ -91,6 +91,12 @@ def drafters() -> str:
         told = [f"`{name}`" + _shown(default) for name, default in registry.options(kind).items()]
         rows.append((f"`{kind}`", ", ".join(told) or "-"))
     return _table(("kind", "options and their defaults"), rows)
+
+
+def heads() -> str:
+    """Kinds of draft heads, in the order in which a folder is compared with them."""
+    rows = [(f"`{kind}`", _summary(head.module_of(kind))) for kind in head.KINDS]
+    return _table(("kind", "what it is"), rows)
 
 
 def _shown(default: object) -> str:
@@ -167,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "checkpoint_formats": checkpoint_formats,
     "schemes": schemes,
     "drafters": drafters,
+    "heads": heads,
     "drafter_flags": drafter_flags,
     "acceptances": acceptances,
 }

@@ -21,7 +21,14 @@ from tests.verify import test_verify
 KINDS = {
     **{"lm-same": "lm", "lm-noisy": "lm", "lm-other": "lm", "narrow": "lm", "wide": "lm"},
     **{"eagle-d2k4n8": "eagle", "eagle-d6k10n60": "eagle", "eagle-d5k1n6": "eagle"},
-    **{"eagle3": "eagle", "eagle-reduced": "eagle", "nested": "hierarchical"},
+    **{
+        "eagle3": "eagle",
+        "eagle-reduced": "eagle",
+        "one-pass": "head",
+        "block": "head",
+        "pard": "head",
+        "nested": "hierarchical",
+    },
     **{"codes-none": "none", "codes-self-w4a8": "self"},
     **{"oracle": "planned", "oracle-tree": "planned", "adversary": "planned"},
     **{"planned-tree": "planned", "chain": "planned", "tree": "planned"},

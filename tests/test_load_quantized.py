@@ -9,6 +9,7 @@ import pytest
 import specjax
 from experiments import bench_pairs
 from specjax.drafters import registry
+from specjax.errors import ConfigError
 from specjax.quant import view
 from specjax.quant.dense_linear import Linear
 from specjax.quant.scheme import SCHEMES
@@ -29,13 +30,69 @@ def model(quantize: str | None = None):
 def test_every_quantization_stores_codes_and_changes_the_model(name):
     scheme = SCHEMES[bench_pairs.QUANTIZATIONS[name]]
     linears = view.quantized_linears(model(scheme.name).module)
-    assert len(linears) == 8, "two layers of four fused projections"
-    assert all(linear.scheme == scheme for _, linear in linears)
+    layers = [linear for name, linear in linears if name != "lm_head"]
+    assert len(layers) == 8, "two layers of four fused projections"
+    assert all(linear.scheme == scheme for linear in layers)
     text = tiny.prompts()[0]
     expected, found = (tiny.full_logits(model(s).module, text) for s in (None, scheme.name))
     error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
     print(f"{name}: relative RMS difference of the logits {error:.3g}")
     assert 1e-4 < error < 0.6
+
+
+@pytest.mark.parametrize(
+    "quantize, head_scheme, expected",
+    [
+        ("w8a8", "auto", "w8a8"),
+        ("w4a8", "auto", "w8a8"),
+        ("w8a16", "auto", None),
+        ("w4a4", "auto", None),
+        (None, "auto", None),
+        ("w8a8", "dense", None),
+        (None, "w8a16", "w8a16"),
+    ],
+)
+def test_the_output_head_is_rounded_beside_integer_inputs_or_as_asked(
+    quantize, head_scheme, expected
+):
+    found = specjax.load(
+        paths.fixture("tiny-fp16"),
+        dtype="float32",
+        quantize=quantize,
+        head_scheme=head_scheme,
+        dequantize="never",
+    )
+    scheme = dict(view.quantized_linears(found.module)).get("lm_head")
+    assert (None if scheme is None else scheme.scheme.name) == expected
+
+
+def test_tied_heads_become_their_own_and_heads_take_8_bits_only():
+    tied = specjax.load(
+        paths.require("architectures/qwen3-tied"), dtype="float32", head_scheme="w8a8"
+    )
+    assert not tied.config.tie_word_embeddings and not tied.module.config.tie_word_embeddings
+    plain = specjax.load(paths.require("architectures/qwen3-tied"), dtype="float32")
+    text = [token % 256 for token in tiny.prompts()[0]]
+    expected, found = (tiny.full_logits(m.module, text) for m in (plain, tied))
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert 1e-4 < error < 0.05
+    with pytest.raises(ConfigError, match="head_scheme='w4a16': supported are dense, w8a16"):
+        specjax.load(paths.require("architectures/qwen3-tied"), head_scheme="w4a16")
+
+
+@pytest.mark.parametrize("format", ["specjax", "compressed-tensors"])
+def test_convert_writes_a_rounded_head(tmp_path, format):
+    source = paths.require("architectures/qwen3-tied")
+    specjax.convert(source, tmp_path / "a", format=format, scheme="w8a8", head_scheme="w8a8")
+    stored = specjax.load(tmp_path / "a", dtype="float32", dequantize="never")
+    head = dict(view.quantized_linears(stored.module))["lm_head"]
+    assert head.scheme.name.startswith("w8a8")
+    rounded = specjax.load(source, dtype="float32", quantize="w8a8", dequantize="never")
+    text = [token % 256 for token in tiny.prompts()[0]]
+    found, expected = (tiny.full_logits(m.module, text) for m in (stored, rounded))
+    # compressed-tensors rounds inputs over the whole range of int8: a little elsewhere.
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert error < (1e-5 if format == "specjax" else 0.06)
 
 
 def test_groups_follow_the_widths():

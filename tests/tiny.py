@@ -16,14 +16,18 @@ from specjax.config import ModelConfig, RopeConfig
 from specjax.decoding import sampling as sample
 from specjax.drafters import eagle as eagle_drafter
 from specjax.drafters import medusa as medusa_drafter
+from specjax.drafters.arrangements import BestFirst, Chain, Widths
 from specjax.drafters.base import Drafter
+from specjax.drafters.feature_chain import FeatureChain
 from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
+from specjax.drafters.one_pass import OnePass
 from specjax.drafters.self_draft import SelfDraft
 from specjax.engine.engine import Completion, Engine, Programs, Request
-from specjax.models import eagle, eagle3, llama, medusa
+from specjax.models import block, eagle, eagle3, llama, markov, medusa, pard, peagle
+from specjax.models import layers as nn
 from specjax.models.prepare import prepare
 from specjax.quant.dense_linear import Linear
 from specjax.quantize import quantize, recipe, shrink
@@ -169,6 +173,55 @@ class Parts:
         return noisy(self.target, self.noise)
 
     @functools.cached_property
+    def eagle31(self) -> eagle3.Eagle3Head:
+        """A random head of two layers, the second of a window, with all norms, that drafts every other token."""
+        shape = replace(self.config, num_layers=2, windows=(None, 6))
+        ids = jnp.arange(0, self.config.vocab_size, 2, dtype=jnp.int32)
+        return eagle3.build(
+            RandomCheckpoint(shape, 5),
+            jnp.float32,
+            layer_ids=(0, self.config.num_layers),
+            target_width=self.config.hidden_size,
+            num_drafts=len(ids),
+            d2t=ids - jnp.arange(len(ids)),
+            variant=eagle3.Variant(norm_before_residual=True, fc_norm=True, norm_output=True),
+        )
+
+    @functools.cached_property
+    def peagle(self) -> peagle.PEagleHead:
+        """That head with random rows for its mask token."""
+        shape = (2 * self.config.hidden_size,)
+        mask = RandomCheckpoint(self.config, 7).tensor("mask_hidden", shape)
+        return peagle.PEagleHead(self.eagle31, jnp.asarray(mask), mask_token=2, num_drafts=3)
+
+    @functools.cached_property
+    def block(self) -> block.BlockHead:
+        """A random block head: a causal layer with a window, one that sees all of the block, and a carried term."""
+        shape = replace(self.config, num_layers=2)
+        hidden, vocab, found = shape.hidden_size, shape.vocab_size, RandomCheckpoint(shape, 6)
+        layout = block.Layout(
+            size=5, mask_token=2, fill_in=True, causal=(True, False), windows=(6, None)
+        )
+
+        def linear(name: str, out: int, inp: int) -> Linear:
+            return llama.build_linear(found, name, out, inp, False, jnp.float32)
+
+        table = jnp.asarray(found.tensor("w1", (vocab, 8)))
+        term = markov.Markov(
+            "rnn", nn.Embedding(table), linear("w2", vocab, 8), linear("mix", 24, 16 + hidden)
+        )
+        return block.BlockHead(
+            shape,
+            layout,
+            (1, self.config.num_layers),
+            linear("fc", hidden, 2 * hidden),
+            llama.build_norm(found, "hidden_norm", jnp.float32),
+            [llama.build_layer(found, i, jnp.float32, f"layers.{i}") for i in range(2)],
+            llama.build_norm(found, "norm", jnp.float32),
+            markov=term,
+        )
+
+    @functools.cached_property
     def eagle(self) -> eagle.EagleHead:
         return fixture_head() if self.fixture == "tiny-fp16" else head(self.config)
 
@@ -227,6 +280,15 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "eagle-reduced": _eagle_reduced,
     "eagle3": lambda parts: eagle_drafter.eagle(parts.eagle3, draft_depth=3, topk=2, num_nodes=8),
     "medusa": _medusa,
+    "head": lambda parts: FeatureChain(head=parts.eagle31, draft_depth=3),
+    "one-pass": lambda parts: OnePass(head=parts.peagle, arrangement=Chain(draft_depth=3)),
+    "block": lambda parts: OnePass(
+        head=parts.block, arrangement=BestFirst(num_nodes=9, draft_depth=3)
+    ),
+    "pard": lambda parts: OnePass(
+        head=pard.PardHead(parts.model, mask_token=2, num_drafts=4),
+        arrangement=Widths(num_nodes=8, draft_depth=3, topk=3),
+    ),
     "hierarchical": _hierarchical,
     "nested": _nested,
 }

@@ -17,10 +17,12 @@ _log = logging.getLogger(__name__)
 # Flag -> option of the drafter's spec.
 OPTION_FLAGS = {
     "draft_checkpoint": "model",
+    "draft_tree": "tree",
     "draft_depth": "draft_depth",
     "draft_topk": "topk",
     "num_nodes": "num_nodes",
     "draft_vocabulary_size": "vocabulary_size",
+    "draft_window": "window",
     "ngram_max": "ngram_max",
     "ngram_min": "ngram_min",
     "draft_scheme": "scheme",
@@ -31,6 +33,7 @@ _INTEGERS = {
     "num_nodes": "Nodes of the draft tree, the root included.",
     "draft_topk": "Children per node of the draft tree (option 'topk').",
     "draft_vocabulary_size": "An EAGLE-1/2 head scores only so many frequent tokens (option 'vocabulary_size').",
+    "draft_window": "Tokens of the text that a draft head's attention sees at most (option 'window').",
     "ngram_max": "Longest n-gram that is looked up.",
     "ngram_min": "Shortest n-gram that is looked up.",
     "min_draft_depth": "Shortest chain that 'hierarchical' hands to the target.",
@@ -52,6 +55,12 @@ def define(values: flags.FlagValues, default: str = "none") -> None:
             "draft_checkpoint",
             None,
             "Draft head or draft model (option 'model').",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "draft_tree",
+            None,
+            "Shape of the drafts of 'head': chain, best-first or topk; of 'medusa' the name of a tree (option 'tree').",
             flag_values=values,
         )
         for name, text in _INTEGERS.items():

@@ -47,6 +47,19 @@ def define(values: flags.FlagValues, model: str | None = None, required: bool = 
             flag_values=values,
         )
         flags.DEFINE_string(
+            "quantize",
+            None,
+            "Scheme to round the weights to while loading, e.g. w8a8: the fast way on CPUs.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "head_scheme",
+            "auto",
+            "Scheme to round the output head to while loading, or dense. auto: w8a8 with --quantize of 8-bit integer "
+            "inputs, else as stored.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
             "chat_template",
             None,
             "File with a Jinja chat template, for models without one.",
@@ -131,10 +144,10 @@ def load_model(
     quantize: str | None = None,
     dtype: str | None = None,
 ) -> specjax.LanguageModel:
-    """Loads --model for the drafters `specs`, rounded to the scheme `quantize` if one is given.
+    """Loads --model for the drafters `specs`.
 
-    `dtype` goes before --dtype. With float32, matrix products run at full precision too (GPUs would round their inputs
-    to TF32).
+    `quantize` goes before --quantize, `dtype` before --dtype. With float32, matrix products run at full precision too
+    (GPUs would round their inputs to TF32).
     """
     if values.compile_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", values.compile_cache_dir)
@@ -147,7 +160,8 @@ def load_model(
         values.model,
         dtype=dtype or values.dtype,
         scheme=values.scheme,
-        quantize=quantize,
+        quantize=quantize or values.quantize,
+        head_scheme=values.head_scheme,
         backend=values.backend,
         command_buffers=values.command_buffers,
         dequantize=policy,
@@ -173,7 +187,7 @@ def dequantize(values: flags.FlagValues, specs: Sequence[dict[str, Any]]) -> str
 
 def model_config(values: flags.FlagValues) -> dict[str, Any]:
     """The model flags that decide what is computed, for records; dtype is None until the model is loaded."""
-    names = ("model", "dtype", "scheme", "qserve_layernorm")
+    names = ("model", "dtype", "scheme", "quantize", "head_scheme", "qserve_layernorm")
     return {name: values[name].value for name in names} | {"depth": depth_config(values)}
 
 

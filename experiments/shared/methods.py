@@ -9,10 +9,11 @@ import jax
 from absl import flags
 
 from specjax import checkpoints
-from specjax.drafters import registry
+from specjax.checkpoints.head_folder import HeadFolder
+from specjax.drafters import head, registry
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import base as file_base
-from specjax.files import hub, source
+from specjax.files import hub
 from specjax.quant import view
 from specjax.quant.linear import QuantizedLinear
 
@@ -57,7 +58,7 @@ def available(
     model: str, draft_checkpoints: Sequence[str] = (), dequantize: str = "auto"
 ) -> list[dict[str, Any]]:
     """Specs of `none`, `ngram`, the head that ships for the model, `self` where its codes are kept, and the drafters
-    that checkpoints make possible: `eagle` or `medusa` for heads, `lm` and `hierarchical` for models.
+    that checkpoints make possible: `eagle`, `medusa` or `head` for heads, `lm` and `hierarchical` for models.
 
     Args:
         model: path or name of the target.
@@ -101,7 +102,7 @@ def first_linear(model: str) -> QuantizedLinear | None:
 
 
 def kind_of(checkpoint: str) -> str:
-    """The drafter that a checkpoint is for: "eagle", "medusa" or "lm".
+    """The drafter that a checkpoint is for: "eagle", "medusa", "head" (other kinds of heads) or "lm".
 
     Raises:
         FileNotFoundError, CheckpointError: it is none of them.
@@ -112,11 +113,10 @@ def kind_of(checkpoint: str) -> str:
     config = file_base.read_json(path / "config.json")
     if "medusa_num_heads" in config:
         return "medusa"
-    names = set(source.open_source(path).names())
-    if "model.embed_tokens.weight" in names and "model.layers.0.self_attn.q_proj.weight" in names:
+    folder = HeadFolder(path)
+    found = head.find_kind(folder)
+    if found is not None:
+        return found if found in ("eagle", "medusa") else "eagle" if found == "eagle3" else "head"
+    if any(name.startswith("model.layers.0.self_attn.") for name in folder.names):
         return "lm"
-    if "fc.weight" in names:
-        return "eagle"
-    if any(name.startswith("model.layers.0.self_attn.") for name in names):
-        return "lm"
-    raise CheckpointError(f"{path}: neither a draft head (EAGLE, Medusa) nor a language model")
+    raise CheckpointError(f"{path}: neither a draft head nor a language model")

@@ -3,21 +3,29 @@
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-
-from specjax.checkpoints import hf
+from specjax.checkpoints import head_settings
+from specjax.checkpoints.head_folder import HeadFolder, check_fit
 from specjax.config import ModelConfig
-from specjax.errors import CheckpointError, ConfigError
+from specjax.errors import CheckpointError
 from specjax.files import base as file_base
-from specjax.files import source
-from specjax.files.base import TensorSource
 from specjax.models import eagle, eagle3, medusa
 from specjax.models.llama import Llama
 
-_MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 _MEDUSA_PART = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.(?P<linear>linear\.)?(weight|bias)")
+
+# Settings of an EAGLE-3 head that other values would make another network (ModelOpt's eagle_config).
+_EAGLE3_ONLY = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "next_layer_regular": True,
+    "parallel_draft_step": 1,
+    "eagle_decoder_type": "llama",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -25,28 +33,117 @@ _log = logging.getLogger(__name__)
 def load_eagle(path: Path, target: Llama, target_name: str):
     """Loads an EAGLE-1/2 or EAGLE-3 head for `target`, in the target's compute dtype; the tensors tell which.
 
-    Layouts: upstream EAGLE (`fc`, `layers.0` or `midlayer`), SGLang's repacked ones (the same names), and speculators
-    (`layers.0` in place of `midlayer`, shapes in `transformer_layer_config`). A `quantization_config` that the head's
+    Layouts: upstream EAGLE (`fc`, `layers.0` or `midlayer`), SGLang's repacked ones (the same names), DeepSpec (flat,
+    `layers.0`) and speculators (shapes in `transformer_layer_config`). A `quantization_config` that the head's
     config.json copied from its target does not apply to the head.
 
     Raises:
         FileNotFoundError: no such folder, or files missing in it.
-        ConfigError: the head was made for a target of another shape.
-        CheckpointError: its tensors are of no known kind, malformed or incomplete.
+        ConfigError: the head was made for a target of another shape, or a setting is not supported.
+        CheckpointError: its tensors are of no known kind, malformed or incomplete, or not all of them are part of it.
     """
-    raw = _read_config(path)
-    config = _read_shape(path, raw)
-    checkpoint = hf.HFCheckpoint(path, config, _open_tensors(path))
-    if checkpoint.has("midlayer.hidden_norm.weight"):
-        _check_fit(path, config, target.config, target_name, ("vocab_size",))
-        return _build_eagle3(checkpoint, raw, target)
-    if checkpoint.has("layers.0.self_attn.q_proj.weight"):
-        _check_fit(path, config, target.config, target_name, ("hidden_size", "vocab_size"))
-        return eagle.build(checkpoint, target.dtype)
-    raise CheckpointError(
-        f"{path}: not an EAGLE head; neither layers.0.self_attn.q_proj.weight (EAGLE-1/2) nor "
-        "midlayer.hidden_norm.weight (EAGLE-3) is in it"
+    folder = HeadFolder(path)
+    if is_eagle3(folder) and is_parallel(folder):
+        raise CheckpointError(
+            f"{path}: a P-EAGLE head, which the drafter 'head' opens, not 'eagle'"
+        )
+    if is_eagle3(folder):
+        head = open_eagle3(folder, target)
+    elif is_eagle(folder):
+        head = open_eagle(folder, target)
+    else:
+        raise CheckpointError(
+            f"{path}: not an EAGLE head (the drafter 'head' opens other kinds); neither fc.weight beside "
+            "layers.0.self_attn.q_proj.weight (EAGLE-1/2) nor midlayer.hidden_norm.weight (EAGLE-3) is in it"
+        )
+    folder.finish()
+    return head
+
+
+def is_eagle(folder: HeadFolder) -> bool:
+    """Whether a folder holds an EAGLE-1/2 head."""
+    needed, foreign = {"layers.0.self_attn.q_proj.weight", "fc.weight"}, {"hidden_norm.weight"}
+    return needed <= folder.names and not foreign & folder.names and not is_eagle3(folder)
+
+
+def open_eagle(folder: HeadFolder, target: Llama) -> eagle.EagleHead:
+    """An EAGLE-1/2 head; see `load_eagle`."""
+    config = folder.shape()
+    check_fit(folder, config, target.config, "hidden_size", "vocab_size")
+    return eagle.build(folder.checkpoint(config), target.dtype)
+
+
+def is_eagle3(folder: HeadFolder) -> bool:
+    """Whether a folder holds an EAGLE-3 head, of any variant, P-EAGLE too."""
+    return any(f"{layer}.hidden_norm.weight" in folder.names for layer in ("midlayer", "layers.0"))
+
+
+def is_parallel(folder: HeadFolder) -> bool:
+    """Whether an EAGLE-3 head drafts all tokens in one pass (P-EAGLE)."""
+    stated = folder.says == "peagle" or folder.flag("parallel_drafting")
+    return stated or "mask_hidden" in folder.names
+
+
+def open_eagle3(
+    folder: HeadFolder, target: Llama, default_layers: str = "llama"
+) -> eagle3.Eagle3Head:
+    """An EAGLE-3 head; see `load_eagle`.
+
+    Args:
+        default_layers: model type of its layers where the speculators layout does not state it.
+    """
+    config = folder.shape(default_layers)
+    check_fit(folder, config, target.config, "vocab_size")
+    for name, supported in _EAGLE3_ONLY.items():
+        folder.refuse(name, supported)
+    folder.refuse("target_hidden_size", target.config.hidden_size)
+    ids = head_settings.layer_ids(folder, target.config.num_layers)
+    num_drafts, d2t = head_settings.draft_offsets(folder, config.vocab_size)
+    own = {name: f"{name}.weight" in folder.names for name in ("embed_tokens", "lm_head")}
+    check_shared(folder, config, target, own, num_drafts)
+    renamed = {"layers.0.": "midlayer."} if "midlayer.hidden_norm.weight" in folder.names else {}
+    return eagle3.build(
+        folder.checkpoint(config, renamed),
+        target.dtype,
+        layer_ids=ids,
+        target_width=target.config.hidden_size,
+        num_drafts=num_drafts,
+        d2t=d2t,
+        variant=variant(folder),
+        own_head=own["lm_head"],
     )
+
+
+def variant(folder: HeadFolder) -> eagle3.Variant:
+    """Which EAGLE-3 a head is: the flags of config.json; of norms that have tensors, the tensors count."""
+    flags = {field.name: folder.flag(field.name) for field in fields(eagle3.Variant)}
+    for name, tensor in {
+        "norm_before_fc": "input_norm.weight",
+        "fc_norm": "fc_norm.0.weight",
+    }.items():
+        if tensor in folder.names and not flags[name]:
+            _log.warning("%s: %s is stored, so %s is taken to be true", folder.path, tensor, name)
+            flags[name] = True
+    if flags["norm_before_fc"] and flags["fc_norm"]:
+        raise folder.error("norm_before_fc = True beside fc_norm = True: one of them is supported")
+    return eagle3.Variant(**flags)
+
+
+def check_shared(
+    folder: HeadFolder, config: ModelConfig, target: Llama, own: dict[str, bool], num_drafts: int
+) -> None:
+    """Refuses heads that would use the target's embeddings or output head and do not fit them."""
+    width, wanted = config.hidden_size, target.config.hidden_size
+    for name, stored in own.items():
+        if not stored and width != wanted:
+            raise CheckpointError(
+                f"{folder.path}: {name}.weight is missing, and the target's, of width {wanted}, does not fit the "
+                f"head's hidden_size {width}"
+            )
+    if not own["lm_head"] and num_drafts != config.vocab_size:
+        raise CheckpointError(
+            f"{folder.path}: lm_head.weight is missing; a draft vocabulary of {num_drafts} tokens needs its own"
+        )
 
 
 def load_medusa(path: Path, target: Llama) -> tuple[medusa.MedusaHeads, dict[str, list]]:
@@ -58,14 +155,17 @@ def load_medusa(path: Path, target: Llama) -> tuple[medusa.MedusaHeads, dict[str
         FileNotFoundError: no such folder, or files missing in it.
         CheckpointError: a tensor is missing or does not fit the target, or heads have several layers.
     """
-    raw = _read_config(path)
-    tensors = source.open_source(path, _MEDUSA_FILES)
+    return open_medusa(HeadFolder(path), target)
+
+
+def open_medusa(folder: HeadFolder, target: Llama) -> tuple[medusa.MedusaHeads, dict[str, list]]:
+    """As `load_medusa`."""
+    path, tensors = folder.path, folder.tensors
     count = _count_heads(path, tensors.names())
     for field, found in {"medusa_num_heads": count, "medusa_num_layers": 1}.items():
-        if raw.get(field, found) != found:
-            _log.warning("%s: %s = %r, the file has %d", path, field, raw[field], found)
-    checkpoint = hf.HFCheckpoint(path, target.config, tensors)
-    heads = medusa.build(checkpoint, target.config, count, target.dtype)
+        if folder.raw.get(field, found) != found:
+            _log.warning("%s: %s = %r, the file has %d", path, field, folder.raw[field], found)
+    heads = medusa.build(folder.checkpoint(target.config), target.config, count, target.dtype)
     if left := tensors.unread():
         raise CheckpointError(f"{path}: {left[0]} is no part of Medusa heads with one layer each")
     return heads, _read_choices(path / "medusa_choices.json")
@@ -100,92 +200,3 @@ def _read_choices(path: Path) -> dict[str, list]:
         if not whole:
             raise CheckpointError(f"{path}: {name} is not a list of paths of ranks")
     return choices
-
-
-def _read_shape(path: Path, raw: dict) -> ModelConfig:
-    """The head's layer as a configuration; heads name architectures of their own."""
-    shape = raw.get("transformer_layer_config", raw)
-    if not isinstance(shape, dict):
-        raise ConfigError(f"{path}: transformer_layer_config = {shape!r}: expected an object")
-    try:
-        return ModelConfig.from_hf({**shape, "architectures": ["LlamaForCausalLM"]})
-    except ConfigError as error:
-        raise ConfigError(f"{path / 'config.json'}: {error}") from error
-
-
-class _UpstreamNames:
-    """The tensors of an EAGLE-3 head in the speculators layout under the names of the upstream one."""
-
-    def __init__(self, tensors: TensorSource):
-        self._tensors = tensors
-
-    def names(self) -> Sequence[str]:
-        return tuple(name.replace("layers.0.", "midlayer.", 1) for name in self._tensors.names())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(self._stored(name))
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._tensors.dtype(self._stored(name))
-
-    def read(self, name: str) -> np.ndarray:
-        return self._tensors.read(self._stored(name))
-
-    def _stored(self, name: str) -> str:
-        return name.replace("midlayer.", "layers.0.", 1)
-
-
-def _open_tensors(path: Path) -> TensorSource:
-    tensors = source.open_source(path)
-    return _UpstreamNames(tensors) if "layers.0.hidden_norm.weight" in tensors.names() else tensors
-
-
-def _build_eagle3(checkpoint: hf.HFCheckpoint, raw: dict, target: Llama) -> eagle3.Eagle3Head:
-    layers = target.config.num_layers
-    field = "eagle_aux_hidden_state_layer_ids"
-    ids = raw.get(field) or (2, layers // 2, layers - 3)
-    if not isinstance(ids, list | tuple) or any(type(i) is not int for i in ids):
-        raise ConfigError(f"{checkpoint.path}: {field} = {ids!r}: expected a list of layers")
-    drafts = raw.get("draft_vocab_size") or checkpoint.config.vocab_size
-    if type(drafts) is not int or drafts < 1:
-        raise ConfigError(
-            f"{checkpoint.path}: draft_vocab_size = {drafts!r}: expected a positive integer"
-        )
-    if any(not 0 <= i < layers for i in ids) or len(set(ids)) != len(ids):
-        raise ConfigError(
-            f"{checkpoint.path}: an EAGLE-3 head reads the inputs of layers {list(ids)}; the target has {layers} "
-            "(at least 7 are needed for the default choice)"
-        )
-    for field in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
-        if raw.get(field):
-            raise ConfigError(
-                f"{checkpoint.path}: {field}={raw[field]!r} is not supported, only false"
-            )
-    return eagle3.build(
-        checkpoint,
-        target.dtype,
-        layer_ids=tuple(ids),
-        target_width=target.config.hidden_size,
-        num_drafts=drafts,
-    )
-
-
-def _read_config(path: Path) -> dict:
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such folder; a draft head is a folder with config.json"
-        )
-    return file_base.read_json(path / "config.json")
-
-
-def _check_fit(
-    path: Path, head: ModelConfig, target: ModelConfig, target_name: str, fields: tuple[str, ...]
-) -> None:
-    """A head reads the target's features and token ids, so these must be alike."""
-    for field in fields:
-        found, wanted = getattr(head, field), getattr(target, field)
-        if found != wanted:
-            raise ConfigError(
-                f"draft head {path}: {field} is {found}, but the target {target_name} has {wanted}; "
-                "a head works only with the model that it was trained for"
-            )

@@ -51,6 +51,17 @@ def unread(checkpoint) -> tuple[str, ...]:
     )
 
 
+def unread_of_head(source) -> tuple[str, ...]:
+    """Names of the tensors of a draft head's files that were not read and say something."""
+    return tuple(
+        name
+        for name in source.unread()
+        if not _BUFFERS.fullmatch(name)
+        and 0 not in source.shape(name)
+        and not _is_zero(source, name)
+    )
+
+
 def check(checkpoint) -> None:
     """Raises CheckpointError, naming them, if tensors of the model were not read."""
     if names := unread(checkpoint):
@@ -110,6 +121,9 @@ def _says_nothing(source, name: str) -> bool:
         return False
     if 0 in source.shape(name):
         return True
-    if _ZERO_IS_NOTHING.fullmatch(name):
-        return not np.any(source.read(name))
-    return False
+    return _is_zero(source, name)
+
+
+def _is_zero(source, name: str) -> bool:
+    """Whether zeros stand where a bias or zero point may."""
+    return bool(_ZERO_IS_NOTHING.fullmatch(name)) and not np.any(source.read(name))

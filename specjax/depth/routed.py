@@ -69,6 +69,7 @@ class Routed(nnx.Module):
             if index in capture:
                 captured[index] = x
             x = going.layer(index, x)
+        captured[len(model.model.layers)] = x
         return going.output(x, tuple(captured[index] for index in capture))
 
     def run_tree(
@@ -108,6 +109,7 @@ class Routed(nnx.Module):
             if index in capture:
                 captured[index] = x
             x = going.layer(index, x, voters)
+        captured[len(model.model.layers)] = x
         going.count_runs(live)
         return going.output(x, tuple(captured[index] for index in capture)), kept
 

@@ -1,8 +1,8 @@
-"""Drafting a chain with a language model, one token after the other: shared by `lm` and `self_draft`."""
+"""Drafting a chain with a language model, and the choice of a draft, which draft heads share."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from specjax.decoding import sampling as sample
 from specjax.decoding.sampling import Sampling
@@ -47,11 +47,32 @@ def draft_chain(
 
 def _next(model: Llama, hidden, keys, sampling: Sampling):
     """Draws a token; also returns its distribution, None when greedy unless it was asked for."""
-    logits = model.logits(hidden)
+    return drawn(model.logits(hidden), None, None, keys, sampling)
+
+
+def drawn(
+    logits: Float[Array, "B U"],
+    ids: Int[Array, "U"] | None,
+    vocab_size: int | None,
+    keys: UInt32[Array, "B 2"],
+    sampling: Sampling,
+) -> tuple[Int[Array, "B"], Float[Array, "B V"] | None]:
+    """A draft and the distribution that it was drawn from; None when greedy, unless it was asked for.
+
+    Args:
+        ids: token of the target that each logit stands for, and `vocab_size` the size of its vocabulary; None: the
+            logits are over that vocabulary.
+    """
+    probs = None
+    if not sampling.greedy or sampling.with_q:
+        probs = sample.probabilities(logits, sampling)
+        if ids is not None:
+            # Tokens outside of the draft vocabulary are never drawn.
+            spread = jnp.zeros((len(probs), vocab_size), probs.dtype)
+            probs = spread.at[:, ids].set(probs)
     if sampling.greedy:
-        probs = sample.probabilities(logits, sampling) if sampling.with_q else None
-        return sample.most_likely(logits), probs
-    probs = sample.probabilities(logits, sampling)
+        token = sample.most_likely(logits)
+        return (token if ids is None else ids[token]), probs
     return sample.draw(keys, probs), probs
 
 

@@ -1,8 +1,6 @@
 """Drafting with an EAGLE head: level-wise expansion, then the best nodes of all levels (arXiv 2406.16858, section 4).
 
-The head's cache slot p holds the pair (feature at p, token at p + 1). Before a tree is grown from a root at position C,
-slots 0 .. C - 1 must hold pairs with true target features. Pairs that the last step made known wait in `pending` and
-enter the cache at the next `propose`.
+What the head's cache holds, and when, is said in `specjax.drafters.pending`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,12 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from specjax.checkpoints import heads
 from specjax.decoding import sampling as sample
 from specjax.decoding import tree as trees
-from specjax.drafters import base, draft_vocabulary, options
+from specjax.drafters import base, draft_vocabulary, options, pending
 from specjax.errors import ConfigError
 from specjax.files import hub
 from specjax.models import cache as kv
@@ -24,31 +22,6 @@ from specjax.models import layers
 from specjax.models.eagle import EagleHead
 from specjax.quantize import heads as rotated
 from specjax.quantize import shrink
-
-# An outer engine may commit up to this many rows between two proposals besides a full path (see hierarchical.py).
-_EXTRA_ROWS = 2
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class EagleState:
-    """State of the head for each sequence.
-
-    Attributes:
-        cache: the head's own cache, one layer; slots below pending_start hold true pairs.
-        features: fused target features of the pending pairs, consecutive positions from pending_start on.
-        tokens: token after each pending position; the last one is the root and is filled in by `propose`.
-        pending_start: position of the first pending pair.
-        pending_len: number of pending pairs; pending_start + pending_len = C. At least 1.
-        in_cache: the pending pairs have already been written to the cache (writing them again changes nothing).
-    """
-
-    cache: kv.KVCache
-    features: Float[Array, "B R D"]
-    tokens: Int[Array, "B R"]
-    pending_start: Int[Array, "B"]
-    pending_len: Int[Array, "B"]
-    in_cache: Bool[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -82,38 +55,17 @@ class Eagle:
 
     @property
     def scratch(self) -> int:
-        flush_rows = self.max_depth + 1 + _EXTRA_ROWS
+        flush_rows = pending.num_rows(self.max_depth)
         return max(self.num_tree_nodes, self.topk * (self.draft_depth - 1), flush_rows)
 
     def init(self, target, batch, capacity):
-        head = self.head
-        dtype = head.dtype
-        rows = self.max_depth + 1 + _EXTRA_ROWS
-        return EagleState(
-            cache=kv.init(head.config, batch, capacity, dtype, num_layers=1),
-            features=jnp.zeros((batch, rows, head.config.hidden_size), dtype),
-            tokens=jnp.zeros((batch, rows), jnp.int32),
-            pending_start=jnp.zeros((batch,), jnp.int32),
-            pending_len=jnp.ones((batch,), jnp.int32),
-            in_cache=jnp.zeros((batch,), bool),
-        )
+        return pending.begin(self.head, batch, capacity, self.max_depth)
 
     def prefill(self, target, state, chunk):
-        # At a prompt's last position the next token is junk; that pair stays pending and is written again.
-        fused = self.head.fuse(chunk.features)
-        block = layers.causal_block(chunk.next_tokens, chunk.start)
-        _, cache = self.head(fused, block, state.cache, target)
-        last = jnp.maximum(chunk.valid - 1, 0)
-        row = jnp.take_along_axis(fused, last[:, None, None], axis=1)
-        present = chunk.valid > 0
-        features = state.features.at[:, :1].set(
-            jnp.where(present[:, None, None], row, state.features[:, :1])
-        )
-        start = jnp.where(present, chunk.start + last, state.pending_start)
-        return replace(state, cache=cache, features=features, pending_start=start)
+        return pending.prefill(self.head, target, state, chunk)
 
     def propose(self, target, cache, state, root, lengths, keys, sampling) -> base.Proposal:
-        state, feature = self._flush(target, state, root)
+        state, feature = pending.flush(self.head, target, state, root)
         candidates, own = self._expand(target, state.cache, feature, lengths)
         return base.Proposal(
             tree=trees.select(candidates, root, self.num_tree_nodes, self.max_depth),
@@ -121,16 +73,6 @@ class Eagle:
             cache=cache,
             state=replace(state, cache=own),
         )
-
-    def _flush(self, target, state: EagleState, root: Int[Array, "B"]):
-        """Writes the pending pairs to the head's cache; returns the prediction that the last of them makes [B, D]."""
-        last = (state.pending_len - 1)[:, None]
-        tokens = jnp.where(jnp.arange(state.tokens.shape[1]) == last, root[:, None], state.tokens)
-        block = layers.causal_block(tokens, state.pending_start)
-        predicted, cache = self.head(state.features, block, state.cache, target)
-        feature = jnp.take_along_axis(predicted, last[..., None], axis=1)[:, 0]
-        in_cache = jnp.ones_like(state.in_cache)
-        return replace(state, cache=cache, tokens=tokens, in_cache=in_cache), feature
 
     def _expand(self, target, cache: kv.KVCache, feature: Float[Array, "B D"], lengths):
         """Grows `draft_depth` levels of `topk` nodes; returns all candidates and the cache with their scratch rows."""
@@ -171,35 +113,10 @@ class Eagle:
         return scores, self.head.target_ids(draft_ids)
 
     def commit(self, target, state, lengths, verified):
-        taking_part = verified.length > 0
-        replaced = taking_part & state.in_cache
-        old_len = jnp.where(replaced, 0, state.pending_len)
-        column = jnp.arange(verified.tokens.shape[1])
-        slots = jnp.where(
-            column < verified.length[:, None], old_len[:, None] + column, state.tokens.shape[1]
-        )
-        rows = jnp.arange(slots.shape[0])[:, None]
-        fused = self.head.fuse(verified.features)
-        return replace(
-            state,
-            features=state.features.at[rows, slots].set(fused, mode="drop"),
-            tokens=state.tokens.at[rows, slots].set(verified.tokens, mode="drop"),
-            pending_start=jnp.where(replaced, lengths, state.pending_start),
-            pending_len=old_len + verified.length,
-            in_cache=state.in_cache & ~taking_part,
-        )
+        return pending.commit(state, self.head.fuse(verified.features), lengths, verified)
 
     def rollback(self, state, lengths, root, features):
-        kept = lengths - state.pending_start
-        keep = kept > 0
-        first = jnp.where(keep[:, None], state.features[:, 0], self.head.fuse(features))
-        return replace(
-            state,
-            features=state.features.at[:, 0].set(first),
-            pending_start=jnp.where(keep, state.pending_start, lengths - 1),
-            pending_len=jnp.where(keep, kept, 1),
-            in_cache=jnp.zeros_like(state.in_cache),
-        )
+        return pending.rollback(state, lengths, self.head.fuse(features))
 
 
 def eagle(head: EagleHead, draft_depth: int = 6, topk: int = 10, num_nodes: int = 60) -> Eagle:
@@ -210,6 +127,9 @@ def eagle(head: EagleHead, draft_depth: int = 6, topk: int = 10, num_nodes: int 
     """
     if draft_depth < 1 or topk < 1 or num_nodes < 2:
         raise ConfigError(f"{draft_depth=}, {topk=}, {num_nodes=}: at least 1, 1 and 2 are needed")
+    own = getattr(head, "d2t", None)
+    if own is not None and topk > own.shape[0]:
+        raise ConfigError(f"{topk=} exceeds the head's draft vocabulary of {own.shape[0]} tokens")
     most = trees.num_candidates(topk, draft_depth) + 1
     if num_nodes > most:
         raise ConfigError(

@@ -28,6 +28,7 @@ _MODULES = {
     "self": "self_draft",
     "eagle": "eagle",
     "medusa": "medusa",
+    "head": "head",
     "hierarchical": "hierarchical",
 }
 _GIVEN = ("target", "registry")

@@ -39,6 +39,11 @@ class EagleHead(nnx.Module):
         self.draft_ids = None if draft_ids is None else nnx.Variable(draft_ids)
 
     @property
+    def num_layers(self) -> int:
+        """Layers of its cache."""
+        return 1
+
+    @property
     def dtype(self):
         """Compute dtype."""
         return self.layers[0].post_attention_layernorm.weight.dtype
@@ -91,6 +96,9 @@ def build(checkpoint, dtype) -> EagleHead:
             "embed_tokens": nn.Embedding(jnp.asarray(table, dtype)),
             "lm_head": llama.build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype),
         }
+    elif checkpoint.has("embed_tokens.weight"):
+        table = checkpoint.tensor("embed_tokens.weight", (vocab, hidden))
+        own = {"embed_tokens": nn.Embedding(jnp.asarray(table, dtype))}
     has_bias = checkpoint.has("fc.bias")
     fc = llama.build_linear(checkpoint, "fc", hidden, 2 * hidden, has_bias, dtype)
     return EagleHead(config, fc, layer, **own)

@@ -35,7 +35,8 @@ class ForwardOutput:
 
     Attributes:
         hidden: output of the final norm, one row per token of the block.
-        captured: residual stream entering each layer that the caller named, in that order.
+        captured: residual stream entering each layer that the caller named, in that order; the number of layers names
+            what leaves the last one, before the final norm.
         cache: the cache with the block's rows written.
     """
 
@@ -114,7 +115,8 @@ class Llama(nnx.Module):
     def __call__(
         self, block: Block, cache: kv.KVCache, capture: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """Runs all layers over a block of tokens; `capture` names layers whose input the caller wants."""
+        """Runs all layers over a block of tokens; `capture` names layers whose input the caller wants (see
+        `ForwardOutput.captured`)."""
         if self.depth is not None:
             return self.depth.run(self, block, cache, capture)
         tables = nn.position_tables(self.config, block)
@@ -127,8 +129,11 @@ class Llama(nnx.Module):
             x, added, k, v = nn.shared_residual(layer, x, added, *arguments)
             keys.append(k)
             values.append(v)
+        captured[len(self.model.layers)], hidden = glue.residual_norm(
+            x, added, self.model.norm, self.backend
+        )
         return ForwardOutput(
-            hidden=glue.residual_norm(x, added, self.model.norm, self.backend)[1],
+            hidden=hidden,
             captured=tuple(captured[index] for index in capture),
             cache=kv.KVCache(keys=tuple(keys), values=tuple(values)),
         )
@@ -231,9 +236,9 @@ def _uploaded[Module](module: Module) -> Module:
     return jax.block_until_ready(jax.tree.map(upload, module))
 
 
-def build_layer(checkpoint, index: int, dtype) -> nn.DecoderLayer:
-    """One decoder layer, from the tensors below `model.layers.<index>`."""
-    config, prefix = checkpoint.config, f"model.layers.{index}"
+def build_layer(checkpoint, index: int, dtype, prefix: str | None = None) -> nn.DecoderLayer:
+    """One decoder layer, from the tensors below `prefix`, by default `model.layers.<index>`."""
+    config, prefix = checkpoint.config, prefix or f"model.layers.{index}"
     before, after = config.norm_placement != "after", config.norm_placement != "before"
 
     def norm(name: str, present: bool) -> Norm | None:

@@ -8,8 +8,9 @@ layout of SpecMQuant's converter) and applies it to the target's features only: 
 feeds back while drafting, are not rotated. The target's embedding and output head are rotated too,
 so the head brings plain ones of its own.
 
-EAGLE-3 reads the residual stream of three layers: h Q restores as h = (h Q) Q^T, which folds into
-each third of `fc`.
+EAGLE-3 reads the residual stream of some layers: h Q restores as h = (h Q) Q^T, which folds into
+each part of `fc`, with the gains of norms in front of it. Heads that feed their own output to what reads the target's
+(MTP) cannot be folded.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from specjax.checkpoints import base
+from specjax.checkpoints import base, head_settings, heads, speculators
+from specjax.checkpoints.head_folder import HeadFolder
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import base as file_base
 from specjax.files import manifest, source, torch_writer, writer
@@ -68,7 +70,7 @@ def rotate_head(
         )
     arrays = {name: tensors.read(name) for name in names}
     if any(name.endswith(_EAGLE3_MARK) for name in names):
-        arrays, config = _rotate_eagle3(arrays, config, target, rotation)
+        arrays, config = _rotate_eagle3(HeadFolder(head), arrays, target, rotation)
     elif "fc.weight" in names and "layers.0.self_attn.q_proj.weight" in names:
         if rotation is None:
             raise ConfigError(f"{head} is an EAGLE-1/2 head: converting it needs rotation")
@@ -118,14 +120,14 @@ def _plain_ends(
 
 
 def _rotate_eagle3(
+    folder: HeadFolder,
     arrays: dict[str, np.ndarray],
-    config: dict[str, Any],
     target: base.Checkpoint,
     rotation: Rotation | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and configuration in the speculators layout."""
     arrays = {name.replace("midlayer.", "layers.0.", 1): array for name, array in arrays.items()}
-    config, width = speculators_config(config, target), target.config.hidden_size
+    config, width = speculators_config(folder, target), target.config.hidden_size
     if rotation is None:
         return arrays, config
     weight = arrays["fc.weight"]
@@ -133,39 +135,48 @@ def _rotate_eagle3(
         raise ConfigError(
             f"fc.weight has {weight.shape[1]} inputs, no multiple of the target's hidden_size {width}"
         )
-    thirds = weight.astype(np.float64).reshape(len(weight), -1, width) @ rotation.residual
-    arrays["fc.weight"] = thirds.reshape(weight.shape).astype(weight.dtype)
+    wide, states = weight.astype(np.float64), weight.shape[1] // width
+    # Norms of features keep their statistics under a rotation; their gains go into fc.
+    gains = ["input_norm.weight"] if "input_norm.weight" in arrays else []
+    gains = gains or [f"fc_norm.{j}.weight" for j in range(states) if "fc_norm.0.weight" in arrays]
+    if gains:
+        wide = wide * np.concatenate([arrays[name].astype(np.float64) for name in gains])
+        arrays |= {name: np.ones_like(arrays[name]) for name in gains}
+
+    def turned(rows: np.ndarray) -> np.ndarray:
+        return (rows.reshape(-1, states, width) @ rotation.residual).reshape(rows.shape)
+
+    arrays["fc.weight"] = turned(wide).astype(weight.dtype)
+    if "mask_hidden" in arrays:
+        mask = arrays["mask_hidden"]
+        arrays["mask_hidden"] = turned(mask.astype(np.float64)).astype(mask.dtype)
     if len(weight) == width:
-        arrays |= _plain_ends(arrays, target, ("embed_tokens.weight",))
+        arrays |= _plain_ends(arrays, target, ("embed_tokens.weight", "lm_head.weight"))
     return arrays, config
 
 
-def speculators_config(config: dict[str, Any], target: base.Checkpoint) -> dict[str, Any]:
-    """config.json of an EAGLE-3 head in the speculators layout, from one of either layout."""
-    if "speculators_model_type" in config:
-        return config
-    outer = ("architectures", "draft_vocab_size", "target_hidden_size", "transformers_version")
-    layer = {name: value for name, value in config.items() if name not in outer}
-    layers = target.config.num_layers
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.4.0",
-        "draft_vocab_size": config.get("draft_vocab_size", config["vocab_size"]),
-        "eagle_aux_hidden_state_layer_ids": [2, layers // 2, layers - 3],
-        "norm_before_residual": False,
-        "target_hidden_size": target.config.hidden_size,
-        "tie_word_embeddings": False,
-        "transformer_layer_config": {**layer, "model_type": "llama", "num_hidden_layers": 1},
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {"proposal_type": "greedy", "speculative_tokens": _SPECULATIVE_TOKENS}
-            ],
-            "verifier": {"architectures": [target.config.architecture], "name_or_path": None},
-        },
-    }
+def speculators_config(folder: HeadFolder, target: base.Checkpoint) -> dict[str, Any]:
+    """config.json of an EAGLE-3 head in the speculators layout, from one of any layout."""
+    if folder.says is not None:
+        return folder.raw
+    shape = folder.shape()
+    num_drafts, _ = head_settings.draft_offsets(folder, shape.vocab_size)
+    length = head_settings.draft_length(
+        folder, "num_speculative_tokens", "ttt_length", default=_SPECULATIVE_TOKENS
+    )
+    return speculators.head_config(
+        "eagle3",
+        speculators.layer_config(shape),
+        length,
+        (target.config.architecture, None),
+        folder.tensors.dtype("fc.weight").name,
+        draft_vocab_size=num_drafts,
+        eagle_aux_hidden_state_layer_ids=list(
+            head_settings.layer_ids(folder, target.config.num_layers)
+        ),
+        target_hidden_size=target.config.hidden_size,
+        **dataclasses.asdict(heads.variant(folder)),
+    )
 
 
 def check_pair(target: Path, head: Path) -> None:

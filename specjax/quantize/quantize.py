@@ -2,6 +2,7 @@
 output.
 """
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -12,11 +13,13 @@ from tqdm import tqdm
 
 from specjax.errors import ConfigError
 from specjax.models import layers as nn
+from specjax.models import llama
 from specjax.models.llama import Llama
 from specjax.models.norms import LayerNorm
 from specjax.quant import view
 from specjax.quant.dense_linear import Linear
 from specjax.quant.linear import QuantizedLinear
+from specjax.quant.scheme import Scheme
 from specjax.quantize import gptq, layerwise, rtn, smoothquant
 from specjax.quantize import recipe as recipes
 from specjax.quantize.layerwise import SITES, SiteStatistics
@@ -73,7 +76,21 @@ def quantize(
             work.save_layer(len(layers), layerwise.linears(new), norms, hidden)
         layers.append(new)
     inner = model.model.having(layers=layers)
-    return Llama(model.config, inner, model.lm_head, model.depth)
+    quantized = Llama(model.config, inner, model.lm_head, model.depth)
+    return quantized if recipe.head is None else round_head(quantized, recipe.head)
+
+
+def round_head(model: Llama, scheme: Scheme) -> Llama:
+    """The model with its output head rounded to nearest per channel; a head that is the embedding becomes its own."""
+    stored, bias = model.lm_head, None
+    if stored is None:
+        weight = model.model.embed_tokens.weight[...].astype(jnp.float32)
+    else:
+        weight = llama.dense_weight(stored, jnp.float32)
+        bias = None if stored.bias is None else stored.bias[...].astype(jnp.float32)
+    head = rtn.quantize(weight, scheme, bias=bias, name="lm_head")
+    config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    return Llama(config, model.model, head, model.depth)
 
 
 def round_layer(layer: nn.DecoderLayer, recipe: Recipe, prefix: str) -> nn.DecoderLayer:

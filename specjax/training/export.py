@@ -1,20 +1,24 @@
-"""Trained heads as folders in the upstream layouts, which `specjax.checkpoints.heads` reads again."""
+"""Trained heads as folders, which `specjax.drafters.head` opens again: in the upstream layouts, or in speculators'."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
 from specjax.drafters import draft_vocabulary
+from specjax.errors import ConfigError
 from specjax.files import writer
-from specjax.models import layers
-from specjax.models.eagle3 import Eagle3Head
+from specjax.models.eagle3 import Eagle3Head, Variant
+from specjax.models.llama import Llama
 from specjax.models.medusa import MedusaHeads
-from specjax.quant.dense_linear import Linear
+from specjax.training import speculators
+from specjax.training.speculators import layer_tensors, linear, norm
 
+Layout = Literal["upstream", "speculators"]
 _SHARD_BYTES = 5 << 30
+_NUM_TOKENS = 5
 
 
 def write(
@@ -25,17 +29,35 @@ def write(
     ranking: draft_vocabulary.TokenRanking | None = None,
     facts: dict[str, Any],
     overwrite: bool,
+    layout: Layout = "upstream",
+    target: Llama | None = None,
+    target_name: str | None = None,
+    num_tokens: int = _NUM_TOKENS,
 ) -> None:
     """Writes config.json, the weights, and `facts` as training.json; the folder appears whole or not at all.
 
     Args:
         ranking: tokens that an EAGLE-1/2 head was trained to draft, written beside it; None is all.
+        layout: "upstream" is the layout of EAGLE's and Medusa's own code; "speculators" takes EAGLE-3, P-EAGLE and MTP
+            heads, of which upstream's holds the classic EAGLE-3 only.
+        target: what the head drafts for; the speculators layout needs it.
+        target_name: stated there as the verifier.
+        num_tokens: stated there as the drafts of a round.
 
     Raises:
         CheckpointError: the folder exists and is not empty, and `overwrite` is not given.
+        ConfigError: the layout cannot hold such a head.
     """
     medusa = isinstance(head, MedusaHeads)
-    tensors = _medusa(head) if medusa else _eagle(head)
+    if layout == "speculators":
+        if target is None:
+            raise ConfigError(
+                "layout='speculators': the target is needed, whose embeddings it stores"
+            )
+        stated = {"name": target_name, "num_tokens": num_tokens, "dtype": jnp.dtype(dtype).name}
+        tensors, config = speculators.folder(head, target, **stated)
+    else:
+        tensors, config = _medusa(head) if medusa else _eagle(head), _config(head, dtype)
     cast = {name: _cast(array, dtype) for name, array in tensors.items()}
     with writer.whole_folder(path, overwrite) as folder:
         writer.write_shards(
@@ -46,7 +68,7 @@ def write(
         )
         if medusa:
             (folder / "model.safetensors").rename(folder / "medusa_lm_head.safetensors")
-        writer.write_json(folder / "config.json", _config(head, dtype))
+        writer.write_json(folder / "config.json", config)
         if ranking is not None:
             draft_vocabulary.write(ranking, folder / draft_vocabulary.FILE_NAME)
         writer.write_json(folder / "training.json", facts)
@@ -66,50 +88,29 @@ def _config(head, dtype) -> dict[str, Any]:
 
 
 def _eagle(head) -> dict[str, Shaped[np.ndarray, "..."]]:
-    tensors = _linear("fc", head.fc)
     if not isinstance(head, Eagle3Head):
-        return tensors | _layer("layers.0", head.layers[0])
-    tensors |= _layer("midlayer", head.midlayer)
-    tensors |= _norm("midlayer.hidden_norm", head.midlayer.hidden_norm)
-    tensors |= _norm("norm", head.norm) | _linear("lm_head", head.lm_head)
-    if head.d2t is not None:
-        offsets = np.asarray(head.d2t[...], np.int64)
-        chosen = np.zeros(head.config.vocab_size, bool)
-        chosen[np.arange(len(offsets)) + offsets] = True
-        tensors |= {"d2t": offsets, "t2d": chosen}
-    return tensors
-
-
-def _layer(prefix: str, layer) -> dict:
-    tensors = {}
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        tensors |= _linear(f"{prefix}.self_attn.{name}", getattr(layer.self_attn, name))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        tensors |= _linear(f"{prefix}.mlp.{name}", getattr(layer.mlp, name))
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        if getattr(layer, name) is not None:
-            tensors |= _norm(f"{prefix}.{name}", getattr(layer, name))
-    return tensors
+        layer = head.layers[0]
+        return linear("fc", head.fc) | layer_tensors("layers.0", layer, tuple(layer.norms()))
+    if head.variant != Variant() or len(head.layers) or head.lm_head is None:
+        raise ConfigError(
+            f"layout='upstream' holds EAGLE-3 heads of one layer without {head.variant} and with an output head of "
+            "their own; use layout='speculators'"
+        )
+    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    tensors = linear("fc", head.fc) | layer_tensors("midlayer", head.midlayer, norms)
+    tensors |= norm("norm", head.norm) | linear("lm_head", head.lm_head)
+    if head.embed_tokens is not None:
+        tensors["embed_tokens.weight"] = np.asarray(head.embed_tokens.weight[...])
+    return tensors if head.d2t is None else tensors | speculators.draft_vocabulary(head)
 
 
 def _medusa(heads: MedusaHeads) -> dict:
     tensors = {}
     for i, head in enumerate(heads.heads):
-        tensors |= _linear(f"{i}.0.linear", head.linear) | _linear(f"{i}.1", head.lm_head)
+        tensors |= linear(f"{i}.0.linear", head.linear) | linear(f"{i}.1", head.lm_head)
     return tensors
 
 
-def _linear(name: str, linear: Linear) -> dict:
-    tensors = {f"{name}.weight": np.asarray(linear.weight[...])}
-    return (
-        tensors if linear.bias is None else tensors | {f"{name}.bias": np.asarray(linear.bias[...])}
-    )
-
-
-def _norm(name: str, norm: layers.RMSNorm) -> dict:
-    return {f"{name}.weight": np.asarray(norm.weight[...])}
-
-
 def _cast(array: Shaped[np.ndarray, "..."], dtype) -> Shaped[np.ndarray, "..."]:
-    floating = np.issubdtype(array.dtype, np.floating)
+    floating = np.issubdtype(array.dtype, np.floating) or array.dtype == jnp.bfloat16
     return array.astype(jnp.dtype(dtype)) if floating else array

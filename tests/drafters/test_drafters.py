@@ -165,7 +165,7 @@ def walk(name: str) -> list[decoding.DecodeState]:
 
 
 # What holds no state of its own, and what another one stands for, runs with the slow tests.
-SLOW = ("self", "eagle3", "eagle-reduced", "nested")
+SLOW = ("self", "eagle3", "eagle-reduced", "head", "pard", "nested")
 BEHAVIOURS = [
     pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
     for name in DRAFTERS
@@ -182,7 +182,8 @@ def test_sequences_that_take_no_part_propose_the_same_again(name):
     tokens = jnp.full((2, rows), 3, jnp.int32)
     features = None
     if drafter.needs is not None:
-        features = jnp.ones((2, rows, CONFIG.hidden_size), jnp.float32)
+        states = len(drafter.needs) if isinstance(drafter.needs, tuple) else 1
+        features = jnp.ones((2, rows, states * CONFIG.hidden_size), jnp.float32)
     verified = Verified(
         path=jnp.broadcast_to(jnp.arange(rows), (2, rows)),
         length=count,

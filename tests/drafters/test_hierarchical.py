@@ -167,8 +167,8 @@ def test_x_lacks_exactly_its_pending_rows(kind, index):
     """Invariant (i): rows in X's cache and pending rows add up to the position of X's root."""
     state = moment(kind, index).state
     inner = state.inner
-    assert (inner.pending_start + inner.pending_len == state.valid).all()
-    assert (inner.pending_len >= 1).all()
+    assert (inner.pending.start + inner.pending.count == state.valid).all()
+    assert (inner.pending.count >= 1).all()
 
 
 def close(found, expected) -> bool:
@@ -182,7 +182,7 @@ def test_caches_hold_true_pairs_of_the_text(kind, index):
     features, own, inner_cache = fresh(drafter(), jnp.asarray(padded(now.texts, WIDTH + 1)))
     state, inner = now.state, now.state.inner
     for b, text in enumerate(now.texts):
-        valid, start = int(state.valid[b]), int(inner.pending_start[b])
+        valid, start = int(state.valid[b]), int(inner.pending.start[b])
         # D has read all but the root, or, where its whole chain was accepted, all but the last draft and the root.
         assert len(text) - valid in ((1,) if kind == "drafted" else (1, 2))
         if kind == "drafted":
@@ -194,9 +194,9 @@ def test_caches_hold_true_pairs_of_the_text(kind, index):
             jax.tree.leaves(inner.cache), jax.tree.leaves(inner_cache), strict=True
         ):
             assert close(found[b, :, :start], expected[b, :, :start])
-        rows = int(inner.pending_len[b])
-        assert close(inner.features[b, :rows], features[b, start : start + rows])
-        known = np.asarray(inner.tokens)[b, : rows - 1].tolist()
+        rows = int(inner.pending.count[b])
+        assert close(inner.pending.features[b, :rows], features[b, start : start + rows])
+        known = np.asarray(inner.pending.tokens)[b, : rows - 1].tolist()
         assert known == text[start + 1 : start + rows]
 
 
@@ -208,7 +208,7 @@ def test_all_ways_of_answering_occurred():
         for b in range(2):
             if len(after.texts[b]) > len(before.texts[b]):
                 cases.add("full")
-            elif len(after.texts[b]) - 1 > int(before.state.inner.pending_start[b]):
+            elif len(after.texts[b]) - 1 > int(before.state.inner.pending.start[b]):
                 cases.add("kept pending rows")
             else:
                 cases.add("behind the last tree")
@@ -226,7 +226,7 @@ def test_what_lies_beyond_the_text_is_never_seen(index):
         return jnp.where((slots >= first[:, None])[:, None, :, None], JUNK, leaf)
 
     cache = jax.tree.map(lambda leaf: poisoned(leaf, state.valid), state.cache)
-    own = jax.tree.map(lambda leaf: poisoned(leaf, inner.pending_start), inner.cache)
+    own = jax.tree.map(lambda leaf: poisoned(leaf, inner.pending.start), inner.cache)
     features = jnp.where((slots >= state.valid[:, None])[..., None], JUNK, state.features)
     inner = replace(inner, cache=own, in_cache=jnp.zeros_like(inner.in_cache))
     dirty = replace(state, cache=cache, inner=inner, features=features)

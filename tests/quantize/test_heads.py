@@ -8,6 +8,7 @@ import pytest
 
 from specjax import checkpoints
 from specjax.checkpoints import heads as draft_heads
+from specjax.checkpoints.head_folder import HeadFolder
 from specjax.errors import CheckpointError, ConfigError
 from specjax.files import pickle, source, torch_writer
 from specjax.models import cache as kv
@@ -15,7 +16,7 @@ from specjax.models import layers as nn
 from specjax.models import llama
 from specjax.quant import rotation
 from specjax.quantize import heads, rotate
-from tests import paths
+from tests import head_fixtures, paths
 
 
 def target(name="tiny-fp16"):
@@ -41,7 +42,9 @@ def test_equals_the_reference_conversion(rotated_head):
 
 def features(model, needs):
     """What a head sees of a model on fixed tokens: final features, or inputs of layers."""
-    tokens = jnp.asarray(np.random.default_rng(0).integers(4, 1000, (1, 16)))
+    tokens = jnp.asarray(
+        np.random.default_rng(0).integers(4, min(1000, model.config.vocab_size), (1, 16))
+    )
     cache = kv.init(model.config, 1, 16, jnp.float32)
     capture = () if needs == "final" else needs
     out = model(nn.causal_block(tokens, jnp.zeros((1,), jnp.int32)), cache, capture=capture)
@@ -84,6 +87,30 @@ def test_eagle3_heads_change_layout_without_a_rotation(tmp_path):
         stored = found.read(name.replace("midlayer.", "layers.0."))
         np.testing.assert_array_equal(stored, expected.read(name))
     heads.check_pair(paths.fixture("tiny8-fp16"), output)
+
+
+@pytest.mark.parametrize("name", ["eagle31-llama", "eagle3-normfc-llama", "peagle-qwen3"])
+def test_norms_in_front_of_fc_and_mask_rows_are_folded(name, tmp_path):
+    facts = head_fixtures.Golden(name).facts
+    checkpoint = checkpoints.open_checkpoint(head_fixtures.folder(facts["target"]))
+    made = rotation.random_hadamard(checkpoint.config, 3)
+    plain = llama.build(checkpoint, jnp.float32)
+    folder = head_fixtures.folder(name)
+    output = heads.rotate_head(folder, checkpoint, made, tmp_path / "out")
+    turned = rotate.rotate(plain, made)
+    read = [HeadFolder(path) for path in (folder, output)]
+    pairs = [draft_heads.open_eagle3(f, m) for f, m in zip(read, (plain, turned), strict=True)]
+    assert pairs[0].needs == pairs[1].needs and pairs[0].variant == pairs[1].variant
+    expected, found = (
+        h.fuse(features(m, h.needs)) for h, m in zip(pairs, (plain, turned), strict=True)
+    )
+    np.testing.assert_allclose(found, expected, atol=3e-3 * float(jnp.abs(expected).max()))
+    if "mask_hidden" in read[0].names:
+        masks = [
+            h.fuse(jnp.asarray(f.tensors.read("mask_hidden")[0, 0], jnp.float32))
+            for h, f in zip(pairs, read, strict=True)
+        ]
+        np.testing.assert_allclose(masks[1], masks[0], atol=3e-3)
 
 
 def test_pairs(rotated_head):

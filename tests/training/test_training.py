@@ -173,6 +173,10 @@ def _train(*arguments):
     [
         ("eagle", ["--draft_vocab_size=200", "--dtype=bfloat16"]),
         pytest.param(*("eagle3", ["--draft_vocab_size=128", "--unroll=2"]), marks=pytest.mark.slow),
+        pytest.param(
+            *("eagle3", ["--draft_vocab_size=128", "--unroll=1", "--head_layout=speculators"]),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("medusa", ["--num_heads=2"], marks=pytest.mark.slow),
     ],
 )

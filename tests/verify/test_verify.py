@@ -192,6 +192,7 @@ FAST = [
     ("chain", "on", 4),
     ("tree", "on", 1),
     ("eagle", "off", 4),
+    ("head", "off", 1),
 ]
 SLOW = [
     (name, filters, batch)

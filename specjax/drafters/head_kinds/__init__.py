@@ -1,0 +1,1 @@
+"""Kinds of draft heads; `specjax.drafters.head` lists them."""
