@@ -149,6 +149,7 @@ class EngineRunner:
     def _run(self) -> None:
         try:
             self._engine.warm_up()
+            self._publish()
             with self._lock:
                 self._warm = True
                 self._lock.notify_all()
@@ -297,6 +298,7 @@ class EngineRunner:
         now = self._clock()
         for job in list(self._jobs.values()):
             self._finish(job, job.last_event(reason, now, error))
+        self._publish()
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -315,10 +317,11 @@ class EngineRunner:
         for job in jobs:
             if job.histogram:
                 histogram += job.histogram
+        running = sum(job.admitted is not None for job in jobs)
         positions = self.limits.num_slots * self.limits.max_model_len
         self._stats = RunnerStats(
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
+            running=running,
+            waiting=len(jobs) - running,
             kv_usage=self._scheduler.num_positions / positions,
             finished=dict(self._finished),
             prompt_tokens=totals["prompt_tokens"],

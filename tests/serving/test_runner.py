@@ -276,6 +276,7 @@ def test_a_failing_engine_fails_every_request_and_is_told():
     assert runner.drain(10) and not runner.ready
     runner.close()
     assert told == [runner.failure]
+    assert runner.stats().finished == {"error": 3} and runner.stats().waiting == 0
     with pytest.raises(RunnerClosedError, match="failed"):
         ask(runner, "late", (1,), 1)
 
@@ -316,6 +317,7 @@ def test_twelve_requests_on_three_slots_for_every_drafter(name):
         for i, size in enumerate(lengths)
     ]
     before = runner.stats().num_compilations
+    assert before == 7
     together = [ask(runner, f"t{i}", p, n, **f) for i, (p, n, f) in enumerate(jobs)]
     for index in (4, 8):
         runner.cancel(f"t{index}")
