@@ -32,6 +32,7 @@ LAYERS = (
     ("engine", "the loop, batches, programs, metrics"),
     ("doctor", "do the kernels work on this machine: checked in processes, remembered"),
     ("language_model", "text in, text out: `specjax.load`, `.generate`, `.stream`"),
+    ("serving", "requests that come and go: scheduler, runner, server"),
     ("scoring", "logits and perplexity of given texts"),
     ("conversion", "`specjax.convert`"),
     ("tokenizer", "the public name of text.tokenizer"),
