@@ -1,6 +1,7 @@
 """Errors that users meet: each names the field or tensor, the value found, and what to do.
 
-They derive from ValueError, so that code which does not know this package can still catch them.
+They derive from ValueError, so that code which does not know this package can still catch them; a runner that is closed
+is no bad input and derives from RuntimeError.
 """
 
 
@@ -14,6 +15,10 @@ class ConfigError(SpecjaxError):
 
 class CheckpointError(SpecjaxError):
     """A checkpoint file is missing, truncated, malformed, or does not match its configuration."""
+
+
+class RunnerClosedError(RuntimeError):
+    """The runner takes no requests any more: it drains, is closed or has failed."""
 
 
 class CapacityError(SpecjaxError):

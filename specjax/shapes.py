@@ -18,6 +18,7 @@
 | G | quantization groups along the input features |
 | L | layers |
 | E | stop token ids |
+| J | tokens whose logits a request shifts |
 | M | output buffer: tokens one request may receive |
 | R | rows of a drafter's pending buffer |
 """

@@ -31,6 +31,7 @@ LAYERS = (
     ("drafters", "what proposes trees; their registry"),
     ("engine", "the loop, batches, programs, metrics"),
     ("language_model", "text in, text out: `specjax.load`, `.generate`, `.stream`"),
+    ("serving", "requests that come and go: scheduler, runner, server"),
     ("scoring", "logits and perplexity of given texts"),
     ("conversion", "`specjax.convert`"),
     ("tokenizer", "the public name of text.tokenizer"),

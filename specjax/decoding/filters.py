@@ -16,8 +16,8 @@ _BITS = 32
 
 def kept(
     logits: Float[Array, "... V"],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
+    top_k: Int[Array, "..."],
+    top_p: Float[Array, "..."],
     scaled: Float[Array, "... V"] | None = None,
 ) -> Bool[Array, "... V"]:
     """The tokens that top-k, then top-p keep; float32 logits.
@@ -26,8 +26,8 @@ def kept(
     that ties with the last one kept is kept too, by either.
 
     Args:
-        top_k: the vocabulary size or more keeps all.
-        top_p: 1 keeps all.
+        top_k: the vocabulary size or more keeps all; one for all, or shaped so that it broadcasts against `logits`.
+        top_p: 1 keeps all; likewise.
         scaled: logits whose softmax is the mass, in the same order (a temperature may make ties of some); default:
             `logits`.
     """
@@ -41,7 +41,7 @@ def kept(
     def by_rank() -> UInt32[Array, "... 1"]:
         return _largest(lambda t: jnp.sum(keys >= t, axis=-1, keepdims=True) >= top_k, shape)
 
-    lowest = lax.cond(top_k < keys.shape[-1], by_rank, everything)
+    lowest = lax.cond(jnp.any(top_k < keys.shape[-1]), by_rank, everything)
 
     def by_mass() -> UInt32[Array, "... 1"]:
         mass = jax.nn.softmax(jnp.where(keys >= lowest, scaled, -jnp.inf), axis=-1)
@@ -50,10 +50,10 @@ def kept(
             above = jnp.where(keys >= threshold, mass, 0)
             return jnp.sum(above, axis=-1, keepdims=True) >= top_p
 
-        return _largest(reaches, shape)
+        # Rounding may leave the total mass short of 1 or bring it there early: top_p = 1 keeps everything by itself.
+        return jnp.where(top_p < 1, _largest(reaches, shape), jnp.uint32(0))
 
-    # Rounding may leave the total mass short of 1 or bring it there early: top_p = 1 keeps everything by itself.
-    return keys >= jnp.maximum(lowest, lax.cond(top_p < 1, by_mass, everything))
+    return keys >= jnp.maximum(lowest, lax.cond(jnp.any(top_p < 1), by_mass, everything))
 
 
 def _ordered(values: Float[Array, "..."]) -> UInt32[Array, "..."]:

@@ -31,18 +31,23 @@ _LARGEST_INT = np.iinfo(np.int32).max
 class Sampling:
     """How tokens are chosen; values are traced, so that changing them does not recompile.
 
+    Values are scalars, or there is one per sequence.
+
     Attributes:
-        temperature: scalar > 0; not read when greedy.
-        top_k: scalar, number of tokens kept; the vocabulary size or more keeps all.
-        top_p: scalar in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept.
+        temperature: > 0; not read when greedy. Of rows also 0: the row's distribution has all its mass on the most
+            likely token, which drafting, accepting and resampling then take for sure.
+        top_k: number of tokens kept; the vocabulary size or more keeps all.
+        top_p: in (0, 1]; the smallest set of most likely tokens whose mass reaches it is kept.
         greedy: static; take the most likely token.
         filtered: static; whether top_k or top_p does anything (skips looking for what they keep otherwise).
+        min_p: in [0, 1], or None for 0: tokens less likely than this share of the most likely one are dropped first.
         with_q: static; language models that draft greedily tell their distributions all the same.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
+    temperature: Float[Array, "..."]
+    top_k: Int[Array, "..."]
+    top_p: Float[Array, "..."]
+    min_p: Float[Array, "..."] | None = None
     greedy: bool = field(metadata={"static": True})
     filtered: bool = field(metadata={"static": True})
     with_q: bool = field(default=False, metadata={"static": True})
@@ -88,18 +93,33 @@ def _number(name: str, value: Any) -> float:
 
 
 def probabilities(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
-    """The distribution that tokens are drawn from: temperature, then top-k, then top-p, renormalised; float32.
+    """The distribution that tokens are drawn from: temperature, min-p, top-k, then top-p, renormalised; float32.
 
     A token that ties with the k-th best is kept too, as is one that ties with the last of the top-p set.
     """
     # The largest logit becomes exactly 0 before it is divided: afterwards rounding, or infinity, would differ from it.
     logits = logits.astype(jnp.float32)
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scaled = logits / sampling.temperature
-    if not sampling.filtered:
-        return jax.nn.softmax(scaled, axis=-1)
-    inside = filters.kept(logits, sampling.top_k, sampling.top_p, scaled)
-    return jax.nn.softmax(jnp.where(inside, scaled, -jnp.inf), axis=-1)
+    temperature = _along(sampling.temperature, logits)
+    by_row = temperature.ndim > 0
+    scaled = logits / (jnp.where(temperature > 0, temperature, 1.0) if by_row else temperature)
+    if sampling.min_p is not None:
+        lowest = jnp.log(_along(sampling.min_p, logits))
+        scaled = jnp.where(scaled >= lowest, scaled, -jnp.inf)
+    if sampling.filtered:
+        top_k, top_p = _along(sampling.top_k, logits), _along(sampling.top_p, logits)
+        inside = filters.kept(logits, top_k, top_p, scaled)
+        scaled = jnp.where(inside, scaled, -jnp.inf)
+    drawn = jax.nn.softmax(scaled, axis=-1)
+    if not by_row:
+        return drawn
+    best = jax.nn.one_hot(most_likely(logits), logits.shape[-1], dtype=jnp.float32)
+    return jnp.where(temperature > 0, drawn, best)
+
+
+def _along(values: Float[Array, "..."] | Int[Array, "..."], logits: Float[Array, "... V"]):
+    """One value per sequence, shaped to broadcast against its logits; scalars as they are."""
+    return values.reshape(*values.shape, *(1,) * (logits.ndim - 1)) if values.ndim else values
 
 
 def draw(keys: UInt32[Array, "B 2"], probs: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -11,14 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from specjax.decoding import adjust
 from specjax.decoding import sampling as sample
 from specjax.decoding import target as target_pass
 from specjax.decoding import tree as trees
 from specjax.decoding.sampling import Sampling
 from specjax.drafters.base import Chunk, Drafter
+from specjax.engine import rows as requests
 from specjax.engine import trace as tracing
+from specjax.engine import window as windows
+from specjax.engine.window import Window
 from specjax.models import cache as kv
 from specjax.models.llama import Llama
 from specjax.verify.base import Acceptor, Verified
@@ -44,6 +48,8 @@ class DecodeState:
         num_draft_tokens: drafted tokens so far, roots excluded.
         acceptance_histogram: steps by number of accepted drafts (bonus excluded), before cutting at a stop token.
         trace: record of every step, or None where none is kept.
+        rows: what each request asks for, where requests differ (see `engine.slots`); else None.
+        window: what is kept of each token besides itself, or None.
     """
 
     cache: kv.KVCache
@@ -60,6 +66,8 @@ class DecodeState:
     num_draft_tokens: Int[Array, "B"]
     acceptance_histogram: Int[Array, "B P"]
     trace: tracing.Trace | None = None
+    rows: requests.Rows | None = None
+    window: Window | None = None
 
 
 def init_state(
@@ -100,7 +108,7 @@ def prefill_chunk(
     state: DecodeState,
     chunk: Chunk,
     prompt_len: Int[Array, "B"],
-    stop_ids: Int[Array, "E"],
+    stop_ids: Int[Array, "E"] | Int[Array, "B E"],
     sampling: Sampling,
 ) -> DecodeState:
     """Takes in one piece of the prompts; where a prompt ends in it, its first token is chosen.
@@ -110,21 +118,35 @@ def prefill_chunk(
         prompt_len: tokens of each prompt.
         stop_ids: token ids that end a request; -1 matches nothing.
     """
+    state, hidden = absorb(target, drafter, state, chunk, prompt_len)
+    first = sample.choose(sample.fold(state.keys, prompt_len), target.logits(hidden), sampling)
+    ends_here = (chunk.valid > 0) & (chunk.start + chunk.valid == prompt_len)
+    return begin(state, ends_here, prompt_len, first, stop_ids)
+
+
+def absorb(
+    target: Llama,
+    drafter: Drafter,
+    state: DecodeState,
+    chunk: Chunk,
+    prompt_len: Int[Array, "B"],
+    every: bool = False,
+) -> tuple[DecodeState, Float[Array, "B ..."]]:
+    """Takes a piece of the prompts into the caches; returns the row at its last valid token, or `every` row."""
     out, features = target_pass.forward_chunk(
         *(target, chunk.tokens, chunk.start, state.cache, drafter.needs), length=prompt_len
     )
     draft = drafter.prefill(target, state.draft, replace(chunk, features=features))
-    last = jnp.maximum(chunk.valid - 1, 0)
-    logits = target.logits(jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0])
-    first = sample.choose(sample.fold(state.keys, prompt_len), logits, sampling)
-    ends_here = (chunk.valid > 0) & (chunk.start + chunk.valid == prompt_len)
     state = replace(state, cache=out.cache, draft=draft)
-    return _begin(state, ends_here, prompt_len, first, stop_ids)
+    if every:
+        return state, out.hidden
+    last = jnp.maximum(chunk.valid - 1, 0)
+    return state, jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def _begin(state: DecodeState, begins, prompt_len, first, stop_ids) -> DecodeState:
+def begin(state: DecodeState, begins, prompt_len, first, stop_ids) -> DecodeState:
     """Starts decoding where `begins`: the prompt is committed and `first` is the root and the first output token."""
-    stopped = jnp.isin(first, stop_ids)
+    stopped = _ends(first[:, None], stop_ids)[:, 0]
     done = stopped | (state.limit <= 1)
 
     def where(new, old):
@@ -141,11 +163,17 @@ def _begin(state: DecodeState, begins, prompt_len, first, stop_ids) -> DecodeSta
     )
 
 
+def _ends(tokens: Int[Array, "B P"], stop_ids: Int[Array, "E"] | Int[Array, "B E"]):
+    """Which tokens end their request; ids are the same for all or by row."""
+    ids = stop_ids if stop_ids.ndim == 1 else stop_ids[:, None]
+    return jnp.any(tokens[..., None] == ids, axis=-1)
+
+
 def step(
     target: Llama,
     drafter: Drafter,
     state: DecodeState,
-    stop_ids: Int[Array, "E"],
+    stop_ids: Int[Array, "E"] | Int[Array, "B E"],
     sampling: Sampling,
     acceptor: Acceptor,
 ) -> DecodeState:
@@ -162,6 +190,8 @@ def step(
             sample.fold(keys, 0),
             sampling,
         )
+    if state.rows is not None:
+        proposal = replace(proposal, tree=requests.cut(state.rows, proposal.tree))
     with jax.named_scope("verify"):
         # Which layers the text so far ran through is known by its verification only, not by drafts of the target.
         cache = replace(proposal.cache, depth=state.cache.depth)
@@ -172,7 +202,10 @@ def step(
         q = proposal.q
         if q is not None and tree.kept is not None:
             q = jnp.take_along_axis(q, tree.kept[..., None], axis=1)
-        accepted = acceptor(tree, q, logits, sample.fold(keys, 1), sampling)
+        judged = logits
+        if state.rows is not None:
+            judged = adjust.adjusted(logits, state.rows.adjustments, tree)
+        accepted = acceptor(tree, q, judged, sample.fold(keys, 1), sampling)
         running = replace(accepted, length=jnp.where(state.done, 0, accepted.length))
     with jax.named_scope("commit"):
         if not tree.is_chain:
@@ -185,13 +218,17 @@ def step(
     if state.trace is not None:
         kept = tracing.record(state.trace, state.num_spec_steps, tree, running)
         state = replace(state, trace=kept)
+    if state.window is not None:
+        wanted = ~state.done & state.rows.wants_logprobs
+        seen = windows.record(state.window, state.num_tokens, running, logits, wanted)
+        state = replace(state, window=seen)
     return _emit(state, running, trees.num_draft_tokens(tree), stop_ids)
 
 
 def _emit(state: DecodeState, new: Verified, num_drafted, stop_ids) -> DecodeState:
     """Appends the tokens of a step to the outputs, up to the first stop token or the request's limit."""
     column = jnp.arange(new.tokens.shape[1])
-    is_stop = jnp.isin(new.tokens, stop_ids) & (column < new.length[:, None])
+    is_stop = _ends(new.tokens, stop_ids) & (column < new.length[:, None])
     any_stop = jnp.any(is_stop, axis=1)
     upto_stop = jnp.where(any_stop, jnp.argmax(is_stop, axis=1) + 1, new.length)
     count = jnp.minimum(upto_stop, state.limit - state.num_tokens)
@@ -204,6 +241,10 @@ def _emit(state: DecodeState, new: Verified, num_drafted, stop_ids) -> DecodeSta
     active = (~state.done).astype(jnp.int32)
     accepted = jax.nn.one_hot(new.length - 1, column.shape[0], dtype=jnp.int32)
     num_tokens = state.num_tokens + count
+    if state.rows is not None:
+        counts = adjust.generated(state.rows.adjustments, new.tokens, count)
+        adjustments = replace(state.rows.adjustments, counts=counts)
+        state = replace(state, rows=replace(state.rows, adjustments=adjustments))
     return replace(
         state,
         lengths=state.lengths + new.length,
@@ -222,7 +263,7 @@ def decode(
     target: Llama,
     drafter: Drafter,
     state: DecodeState,
-    stop_ids: Int[Array, "E"],
+    stop_ids: Int[Array, "E"] | Int[Array, "B E"],
     max_steps: Int[Array, ""],
     sampling: Sampling,
     acceptor: Acceptor,
