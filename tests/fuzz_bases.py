@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import safetensors.numpy
 
 from specjax import checkpoints
 from specjax.checkpoints import export, heads
+from specjax.checkpoints.head_folder import HeadFolder
+from specjax.drafters import head
+from specjax.drafters.head_options import HeadOptions
 from specjax.files import manifest, orbax_store, source, torch_writer
-from specjax.models import eagle, eagle3, llama, medusa
+from specjax.models import eagle, eagle3, llama, medusa, mtp
 from specjax.quant.linear import QuantizedLinear
 from specjax.quantize import quantize, recipe
 from specjax.text import tokenizer
+from specjax.training import speculators
 from tests import paths, tiny
 from tests.checkpoints import packers
 from tests.checkpoints import test_gguf as gguf_files
@@ -90,6 +95,8 @@ def load(base: Base, path: Path) -> dict[str, Any]:
     if base.kind == "medusa":
         loaded, choices = heads.load_medusa(path, target())
         return leaves(loaded) | {"choices": choices}
+    if base.kind == "head":
+        return _load_head(path)
     if base.kind.startswith("eagle"):
         head = heads.load_eagle(path, target(), "target")
         layer_ids = {"layer_ids": getattr(head, "layer_ids", None)}
@@ -97,6 +104,21 @@ def load(base: Base, path: Path) -> dict[str, Any]:
     checkpoint = checkpoints.open_checkpoint(path)
     module = llama.build(checkpoint, jnp.dtype("float32"))
     return leaves(module) | {"config": settings(checkpoint.config)}
+
+
+def _load_head(path: Path) -> dict[str, Any]:
+    folder = HeadFolder(path)
+    loaded = types.SimpleNamespace(module=target(), config=target().config)
+    drafter = head.kind_of(folder).build(folder, loaded, HeadOptions(tree="chain"))
+    folder.finish()
+    network = getattr(drafter.head, "body", drafter.head)
+    found = {
+        "layer_ids": network.needs,
+        "length": drafter.max_depth,
+        "variant": getattr(network, "variant", None),
+        "mask_token": getattr(drafter.head, "mask_token", None),
+    }
+    return leaves(drafter.head) | {"config": settings(network.config) | found}
 
 
 def settings(config) -> dict[str, Any]:
@@ -165,7 +187,7 @@ def all_bases(scratch: Path) -> list[Base]:
     packed = export_to(scratch / "packed", "compressed-tensors", "w4a16")
     bases.append(dataclasses.replace(read(packed), name="compressed-tensors-packed"))
     gptq = next(base for base in bases if base.name == "gptq")
-    return [*bases, _autoround(gptq), _specmquant(dense), *_heads(), _tokenizer()]
+    return [*bases, _autoround(gptq), _specmquant(dense), *_heads(), *_speculators(), _tokenizer()]
 
 
 def export_to(folder: Path, format: str, scheme: str | None = None, layout="safetensors") -> Path:
@@ -288,6 +310,25 @@ def _heads() -> list[Base]:
             kind="medusa",
         ),
     ]
+
+
+def _speculators() -> list[Base]:
+    """Heads that the training export writes."""
+    made = []
+    parts = tiny.Parts(target())
+    predictor = mtp.build(tiny.RandomCheckpoint(CONFIG, 8), jnp.float32, CONFIG.num_layers)
+    for name, network in {
+        "eagle31": parts.eagle31,
+        "peagle": parts.peagle,
+        "mtp": predictor,
+    }.items():
+        stated = {"name": "target", "num_tokens": 3, "dtype": "float32"}
+        tensors, config = speculators.folder(network, target(), **stated)
+        files = {"config.json": config}
+        made.append(
+            Base(name=name, container="safetensors", tensors=tensors, files=files, kind="head")
+        )
+    return made
 
 
 def _tokenizer() -> Base:

@@ -70,6 +70,19 @@ _CONFIG_KEYS = {
     "mlp_bias": {"mlp_bias"},
     "tie_word_embeddings": {"tie_word_embeddings"},
 }
+_HEAD_KEYS = {
+    "norm_before_residual": {"variant"},
+    "norm_output": {"variant"},
+    "norm_before_fc": {"variant"},
+    "fc_norm": {"variant"},
+    "eagle_aux_hidden_state_layer_ids": {"layer_ids"},
+    "speculators_config": {"length"},
+    "mask_token_id": {"mask_token"},
+    "layer_types": {"windows"},
+    "sliding_window": {"windows"},
+}
+_SHARED = ("embed_tokens.weight", "lm_head.weight")
+_ALL_OF_LAYERS = ("rope", "windows", "rms_norm_eps", "max_position_embeddings", "dtype")
 _GGUF_KEYS = {
     "llama.rope.freq_base": {"rope"},
     "llama.context_length": {"max_position_embeddings"},
@@ -190,6 +203,11 @@ def _may_change(base: Base, file: str, path: tuple) -> tuple[set[str], bool]:
         rounding = {"input_activations", "config_groups", "group_0"} & set(map(str, path))
         scheme = base.name == "specjax" and "scheme" in path
         return ({"activations"} if rounding or scheme or base.name == "orbax" else set()), False
+    if base.kind == "head":
+        leaf = str(path[1]) if top == "transformer_layer_config" and len(path) > 1 else top
+        if top == "transformer_layer_config" and len(path) == 1:
+            return {*_ALL_OF_LAYERS}, False
+        return _HEAD_KEYS.get(leaf, set()) | _CONFIG_KEYS.get(leaf, set()), False
     if base.kind == "eagle3" and top == "eagle_aux_hidden_state_layer_ids":
         return {"layer_ids"}, False
     return _CONFIG_KEYS.get(top, set()) if file == "config.json" else set(), False
@@ -239,6 +257,8 @@ def _tensor(rng, base: Base, kind: str) -> Mutation | None:
     match kind:
         case "drop tensor":
             del tensors[name]
+            # A head without its own uses the target's.
+            weights = base.kind in ("eagle3", "head") and name in _SHARED
         case "rename tensor":
             other = f"{name}x" if rng.integers(2) else name.replace(".1.", ".7.", 1)
             if other == name:

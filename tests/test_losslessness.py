@@ -21,9 +21,11 @@ from specjax.drafters.eagle import eagle
 from specjax.drafters.hierarchical import Hierarchical
 from specjax.drafters.lm import LM
 from specjax.drafters.medusa import medusa
+from specjax.drafters.merge import merge
 from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.self_draft import SelfDraft
+from specjax.drafters.suffix import Suffix
 from specjax.engine.engine import Programs
 from specjax.models import cache as kv
 from tests import paths, planned, ties, tiny
@@ -76,6 +78,19 @@ CASES: dict[str, tuple] = {
         *TINY,
         lambda: Hierarchical(
             model=noisy(0.25), inner=eagle(tiny.fixture_head(), 2, 4, 8), min_draft_depth=3
+        ),
+        {MIN, MIDDLE},
+    ),
+    "suffix": (
+        *TINY,
+        lambda: Suffix(texts=jnp.zeros(0, jnp.int32), draft_depth=3, num_tree_nodes=7, shortest=1),
+        {MIN, MIDDLE},
+    ),
+    "merge": (
+        *TINY,
+        lambda: merge(
+            [eagle(tiny.fixture_head(), 2, 4, 8), Ngram(draft_depth=3, ngram_min=1)],
+            num_nodes=9,
         ),
         {MIN, MIDDLE},
     ),

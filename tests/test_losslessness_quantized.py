@@ -69,9 +69,11 @@ COVER += [
     ("eagle-reduced", "w4a16"),
     ("hierarchical", "w8a8"),
     ("medusa", "w4a8-qqq"),
-    ("one-pass", "w4a16"),
+    ("head", "w4a16"),
     ("block", "w8a8"),
     ("pard", "w4a8"),
+    ("merge", "w4a16"),
+    ("suffix", "w8a8"),
 ]
 
 

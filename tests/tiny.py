@@ -16,6 +16,7 @@ from specjax.config import ModelConfig, RopeConfig
 from specjax.decoding import sampling as sample
 from specjax.drafters import eagle as eagle_drafter
 from specjax.drafters import medusa as medusa_drafter
+from specjax.drafters import merge
 from specjax.drafters.arrangements import BestFirst, Chain, Widths
 from specjax.drafters.base import Drafter
 from specjax.drafters.feature_chain import FeatureChain
@@ -25,6 +26,7 @@ from specjax.drafters.ngram import Ngram
 from specjax.drafters.none import NoDraft
 from specjax.drafters.one_pass import OnePass
 from specjax.drafters.self_draft import SelfDraft
+from specjax.drafters.suffix import Suffix
 from specjax.engine.engine import Completion, Engine, Programs, Request
 from specjax.models import block, eagle, eagle3, llama, markov, medusa, pard, peagle
 from specjax.models import layers as nn
@@ -288,6 +290,17 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "pard": lambda parts: OnePass(
         head=pard.PardHead(parts.model, mask_token=2, num_drafts=4),
         arrangement=Widths(num_nodes=8, draft_depth=3, topk=3),
+    ),
+    "suffix": lambda parts: Suffix(
+        texts=jnp.asarray([*prompts()[0], -1], jnp.int32), draft_depth=5, num_tree_nodes=9
+    ),
+    "merge": lambda parts: merge.merge(
+        [
+            eagle_drafter.eagle(parts.eagle, draft_depth=2, topk=2, num_nodes=5),
+            Ngram(draft_depth=4),
+            SelfDraft(draft_depth=2),
+        ],
+        num_nodes=9,
     ),
     "hierarchical": _hierarchical,
     "nested": _nested,

@@ -37,10 +37,10 @@ class HeadFolder:
         raw: its config.json.
         tensors: its weights.
         names: of its tensors.
-        layer_ids: states of the target that the user says it reads; None: those of its settings.
 
     Args:
         window: tokens that each layer sees at most, whatever the settings say; None: what they say.
+        layer_ids: states of the target that the head reads; None: those of its settings.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class HeadFolder:
             raise FileNotFoundError(
                 f"{path}: no such folder; a draft head is a folder with config.json"
             )
-        self.path, self._window, self.layer_ids = path, window, layer_ids
+        self.path, self._window, self._layer_ids = path, window, layer_ids
+        self._asked = {"window": window, "layer_ids": layer_ids}
         self.raw: dict[str, Any] = file_base.read_json(path / "config.json")
         has_medusa = any((path / name).is_file() for name in MEDUSA_FILES)
         files = MEDUSA_FILES if has_medusa else find.STANDARD_NAMES
@@ -71,6 +72,17 @@ class HeadFolder:
         """The names under `architectures`."""
         named = self.raw.get("architectures") or ()
         return (named,) if isinstance(named, str) else tuple(map(str, named))
+
+    @property
+    def layer_ids(self) -> Sequence[int] | None:
+        """The states that the caller names."""
+        self._asked.pop("layer_ids", None)
+        return self._layer_ids
+
+    def unused(self) -> str | None:
+        """What the caller asked for and no reader has looked at, "window=8"; None where there is nothing."""
+        left = [f"{name}={v!r}" for name, v in self._asked.items() if v is not None]
+        return ", ".join(left) or None
 
     def error(self, text: Any) -> ConfigError:
         """An error about this folder's settings."""
@@ -141,6 +153,7 @@ class HeadFolder:
         if fields.get("layer_types") is not None:
             counted = {**fields, "num_hidden_layers": config.num_layers}
             config = dataclasses.replace(config, windows=self._windows(counted))
+        self._asked.pop("window", None)
         if self._window is not None:
             stated = config.windows or (None,) * config.num_layers
             windows = tuple(min(w or self._window, self._window) for w in stated)

@@ -35,8 +35,9 @@ def layer_ids(
     field, found, shift = _STATES[0], states, 0
     if outputs is not None:
         field, found, shift = _OUTPUTS, outputs, 1
-    if folder.layer_ids is not None:
-        field, found, shift = "layer_ids", folder.layer_ids, 0
+    asked = folder.layer_ids
+    if asked is not None:
+        field, found, shift = "layer_ids", asked, 0
     elif states == [1, num_layers // 2 - 1, num_layers - 4]:
         _log.warning(
             "%s: %s = %s is read as inputs of these layers, as vLLM does; where it names outputs (SpecForge, ModelOpt) "

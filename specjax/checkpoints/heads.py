@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from specjax.checkpoints import head_settings
 from specjax.checkpoints.head_folder import HeadFolder, check_fit
 from specjax.config import ModelConfig
@@ -30,19 +32,22 @@ _EAGLE3_ONLY = {
 _log = logging.getLogger(__name__)
 
 
-def load_eagle(path: Path, target: Llama, target_name: str):
+def load_eagle(path: Path, target: Llama, target_name: str, window: int | None = None):
     """Loads an EAGLE-1/2 or EAGLE-3 head for `target`, in the target's compute dtype; the tensors tell which.
 
     Layouts: upstream EAGLE (`fc`, `layers.0` or `midlayer`), SGLang's repacked ones (the same names), DeepSpec (flat,
     `layers.0`) and speculators (shapes in `transformer_layer_config`). A `quantization_config` that the head's
     config.json copied from its target does not apply to the head.
 
+    Args:
+        window: tokens that its attention sees at most; None: what its settings say.
+
     Raises:
         FileNotFoundError: no such folder, or files missing in it.
         ConfigError: the head was made for a target of another shape, or a setting is not supported.
         CheckpointError: its tensors are of no known kind, malformed or incomplete, or not all of them are part of it.
     """
-    folder = HeadFolder(path)
+    folder = HeadFolder(path, window)
     if is_eagle3(folder) and is_parallel(folder):
         raise CheckpointError(
             f"{path}: a P-EAGLE head, which the drafter 'head' opens, not 'eagle'"
@@ -70,12 +75,17 @@ def open_eagle(folder: HeadFolder, target: Llama) -> eagle.EagleHead:
     """An EAGLE-1/2 head; see `load_eagle`."""
     config = folder.shape()
     check_fit(folder, config, target.config, "hidden_size", "vocab_size")
-    return eagle.build(folder.checkpoint(config), target.dtype)
+    return _sharing(eagle.build(folder.checkpoint(config), target.dtype), target)
 
 
 def is_eagle3(folder: HeadFolder) -> bool:
     """Whether a folder holds an EAGLE-3 head, of any variant, P-EAGLE too."""
-    return any(f"{layer}.hidden_norm.weight" in folder.names for layer in ("midlayer", "layers.0"))
+    stored = any(f"{n}.hidden_norm.weight" in folder.names for n in ("midlayer", "layers.0"))
+    # Heads of EAGLE-1/2 have no final norm, and those that draft blocks norm all features in one place.
+    stored |= {"fc.weight", "norm.weight"} <= folder.names and "hidden_norm.weight" not in (
+        folder.names
+    )
+    return folder.says in ("eagle3", "peagle") or (folder.says is None and stored)
 
 
 def is_parallel(folder: HeadFolder) -> bool:
@@ -97,12 +107,13 @@ def open_eagle3(
     for name, supported in _EAGLE3_ONLY.items():
         folder.refuse(name, supported)
     folder.refuse("target_hidden_size", target.config.hidden_size)
+    folder.refuse("num_target_layers", target.config.num_layers)
     ids = head_settings.layer_ids(folder, target.config.num_layers)
     num_drafts, d2t = head_settings.draft_offsets(folder, config.vocab_size)
     own = {name: f"{name}.weight" in folder.names for name in ("embed_tokens", "lm_head")}
     check_shared(folder, config, target, own, num_drafts)
     renamed = {"layers.0.": "midlayer."} if "midlayer.hidden_norm.weight" in folder.names else {}
-    return eagle3.build(
+    head = eagle3.build(
         folder.checkpoint(config, renamed),
         target.dtype,
         layer_ids=ids,
@@ -112,6 +123,16 @@ def open_eagle3(
         variant=variant(folder),
         own_head=own["lm_head"],
     )
+    return _sharing(head, target)
+
+
+def _sharing[Head](head: Head, target: Llama) -> Head:
+    """The head without a copy of the target's embeddings, which most files have: a gigabyte for large vocabularies."""
+    own, theirs = head.embed_tokens, target.model.embed_tokens.weight[...]
+    alike = own is not None and (own.weight.shape, own.weight.dtype) == (theirs.shape, theirs.dtype)
+    if alike and bool(jnp.array_equal(own.weight[...], theirs)):
+        head.embed_tokens = None
+    return head
 
 
 def variant(folder: HeadFolder) -> eagle3.Variant:

@@ -57,12 +57,14 @@ class Proposal:
         q: filtered draft distribution that each node was drawn from; None for point masses (deterministic candidates).
         cache: the target's cache; slots from C on may have been used as scratch.
         state: the drafter's state.
+        chances: how likely the drafter thinks each node is kept; None: it does not say.
     """
 
     tree: Tree
     q: Float[Array, "B N V"] | None
     cache: KVCache
     state: State
+    chances: Float[Array, "B N"] | None = None
 
 
 class Drafter(Protocol):

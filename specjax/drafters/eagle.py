@@ -34,12 +34,18 @@ class Eagle:
         draft_depth: levels of the tree (upstream's `depth` + 1).
         topk: children per node and nodes expanded per level.
         num_tree_nodes: nodes kept, the root included (upstream's `total_token`).
+        longest_step: drafts that a step may commit where others draft too.
     """
 
     head: EagleHead
     draft_depth: int = field(default=6, metadata={"static": True})
     topk: int = field(default=10, metadata={"static": True})
     num_tree_nodes: int = field(default=60, metadata={"static": True})
+    longest_step: int = field(default=0, metadata={"static": True})
+
+    def following(self, depth: int) -> "Eagle":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return replace(self, longest_step=max(depth, self.max_depth))
 
     @property
     def needs(self) -> base.Needs:
@@ -55,11 +61,11 @@ class Eagle:
 
     @property
     def scratch(self) -> int:
-        flush_rows = pending.num_rows(self.max_depth)
+        flush_rows = pending.num_rows(max(self.max_depth, self.longest_step))
         return max(self.num_tree_nodes, self.topk * (self.draft_depth - 1), flush_rows)
 
     def init(self, target, batch, capacity):
-        return pending.begin(self.head, batch, capacity, self.max_depth)
+        return pending.begin(self.head, batch, capacity, max(self.max_depth, self.longest_step))
 
     def prefill(self, target, state, chunk):
         return pending.prefill(self.head, target, state, chunk)
@@ -148,9 +154,16 @@ def build(
     vocabulary: str | None = None,
     vocabulary_size: int | None = None,
     scheme: str | None = None,
+    window: int | None = None,
 ) -> Eagle:
-    """Loads the head `model` (None: the one that ships with the target), its vocabulary and scheme as asked for."""
+    """Loads the head `model` (None: the one that ships with the target), its vocabulary and scheme as asked for.
+
+    Args:
+        window: tokens of the text that the head's attention sees at most, for texts longer than it was trained on.
+    """
     options.lengths(target, draft_depth=draft_depth)
+    if window is not None:
+        options.lengths(target, window=window)
     sample.whole("num_nodes", num_nodes)
     if sample.whole("topk", topk) > target.config.vocab_size:
         raise ConfigError(f"{topk=} exceeds the vocabulary of {target.config.vocab_size} tokens")
@@ -161,7 +174,7 @@ def build(
             "(--draft_checkpoint=DIR, or 'model' in the drafter's JSON)"
         )
     folder = hub.shipped_head(str(path)) or hub.resolve(str(path))
-    head = heads.load_eagle(folder, target.module, target.name)
+    head = heads.load_eagle(folder, target.module, target.name, window)
     rotated.check_pair(hub.resolve(target.name), folder)
     if vocabulary is not None or vocabulary_size is not None:
         ids = _draft_vocabulary(target, folder, vocabulary, vocabulary_size)

@@ -27,10 +27,16 @@ class FeatureChain:
     Attributes:
         head: a network with the calls of `specjax.models.eagle.EagleHead`.
         draft_depth: tokens drafted a round.
+        longest_step: drafts that a step may commit where others draft too.
     """
 
     head: Any
     draft_depth: int = field(metadata={"static": True})
+    longest_step: int = field(default=0, metadata={"static": True})
+
+    def following(self, depth: int) -> "FeatureChain":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return replace(self, longest_step=max(depth, self.max_depth))
 
     @property
     def needs(self) -> base.Needs:
@@ -46,10 +52,10 @@ class FeatureChain:
 
     @property
     def scratch(self) -> int:
-        return pending.num_rows(self.max_depth)
+        return pending.num_rows(max(self.max_depth, self.longest_step))
 
     def init(self, target, batch, capacity):
-        return pending.begin(self.head, batch, capacity, self.max_depth)
+        return pending.begin(self.head, batch, capacity, max(self.max_depth, self.longest_step))
 
     def prefill(self, target, state, chunk):
         return pending.prefill(self.head, target, state, chunk)

@@ -12,7 +12,6 @@ import importlib
 from types import ModuleType
 
 from specjax.checkpoints.head_folder import HeadFolder
-from specjax.decoding import sampling as sample
 from specjax.drafters import head_options, options
 from specjax.drafters.base import Drafter
 from specjax.drafters.head_options import HeadOptions
@@ -21,7 +20,7 @@ from specjax.files import hub
 from specjax.quantize import heads as rotated
 
 # Files in head_kinds/, in the order in which they are asked.
-KINDS = ("pard", "medusa", "mtp", "dspark", "dflash", "peagle", "eagle3", "eagle")
+KINDS = ("medusa", "mtp", "dspark", "dflash", "peagle", "eagle3", "eagle", "pard")
 
 
 def find_kind(folder: HeadFolder) -> str | None:
@@ -76,13 +75,14 @@ def build(
         tree=tree, num_nodes=num_nodes, draft_depth=draft_depth, topk=topk, confidence=confidence
     )
     head_options.check(wanted)
-    if window is not None and sample.whole("window", window) < 1:
-        raise ConfigError(f"{window=}: must be a whole number of at least 1")
-    if draft_depth is not None:
-        options.lengths(target, draft_depth=draft_depth)
+    lengths = {"draft_depth": draft_depth, "window": window}
+    options.lengths(target, **{name: v for name, v in lengths.items() if v is not None})
     path = hub.shipped_head(str(model)) or hub.resolve(str(model))
     folder = HeadFolder(path, window, layer_ids)
     drafter = kind_of(folder).build(folder, target, wanted)
     folder.finish()
-    rotated.check_pair(hub.resolve(target.name), path)
+    if unused := folder.unused():
+        raise ConfigError(f"{unused}: heads of this kind have no such setting; leave it out")
+    if drafter.needs is not None:
+        rotated.check_pair(hub.resolve(target.name), path, folder.tensors)
     return drafter

@@ -90,6 +90,8 @@ def one_feature(head, options: HeadOptions, own_depth: int) -> Drafter:
     Args:
         own_depth: chain that the head itself states.
     """
+    if options.confidence is not None:
+        raise ConfigError(f"confidence={options.confidence}: this head has no confidence head")
     if options.shape("topk", "chain") == "chain":
         if options.topk not in (None, 1):
             raise ConfigError(f"topk={options.topk} with tree='chain': leave it out")

@@ -58,6 +58,10 @@ class Medusa:
     def scratch(self) -> int:
         return self.num_nodes
 
+    def following(self, depth: int) -> "Medusa":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return self
+
     def init(self, target, batch, capacity):
         feature = jnp.zeros((batch, target.config.hidden_size), target.dtype)
         return MedusaState(feature=feature)

@@ -53,6 +53,10 @@ class Ngram:
     def scratch(self) -> int:
         return self.num_nodes
 
+    def following(self, depth: int) -> "Ngram":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return self
+
     def init(self, target, batch, capacity):
         return NgramState(history=jnp.zeros((batch, capacity), jnp.int32))
 

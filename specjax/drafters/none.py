@@ -19,6 +19,10 @@ class NoDraft:
     max_depth = 0
     scratch = 1
 
+    def following(self, depth: int) -> "NoDraft":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return self
+
     def init(self, target, batch, capacity):
         return ()
 

@@ -5,7 +5,7 @@ the known rows is junk, which the next round overwrites. How the distributions o
 arrangement (`specjax.drafters.arrangements`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,16 @@ class OnePass:
     Attributes:
         head: the network.
         arrangement: what makes trees of its slots; a hashable value, as `arrangements.Chain`.
+        longest_step: drafts that a step may commit where others draft too.
     """
 
     head: OnePassHead
     arrangement: arrangements.Arrangement = field(metadata={"static": True})
+    longest_step: int = field(default=0, metadata={"static": True})
+
+    def following(self, depth: int) -> "OnePass":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return replace(self, longest_step=max(depth, self.max_depth))
 
     @property
     def needs(self) -> base.Needs:
@@ -41,13 +47,14 @@ class OnePass:
 
     @property
     def scratch(self) -> int:
-        rows = pending.num_rows(self.max_depth)
+        rows = pending.num_rows(max(self.max_depth, self.longest_step))
         return max(self.num_nodes, rows + self.head.num_drafts + 1)
 
     def init(self, target, batch, capacity):
         head = self.head
         cache = head.init_cache(batch, capacity)
-        return pending.init(cache, batch, head.context_width, head.dtype, self.max_depth)
+        depth = max(self.max_depth, self.longest_step)
+        return pending.init(cache, batch, head.context_width, head.dtype, depth)
 
     def prefill(self, target, state, chunk):
         fused = self._fused(chunk.features, chunk.tokens.shape)

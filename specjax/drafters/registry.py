@@ -30,6 +30,8 @@ _MODULES = {
     "medusa": "medusa",
     "head": "head",
     "hierarchical": "hierarchical",
+    "suffix": "suffix",
+    "merge": "merge",
 }
 _GIVEN = ("target", "registry")
 
@@ -88,11 +90,18 @@ def check(spec: dict[str, Any]) -> None:
             raise ConfigError(
                 f"drafter {spec['kind']!r} has no option {name!r}; it has: {', '.join(known) or 'none'}"
             )
-        if name == "inner":
-            check(value)
+        for inner in _inner(name, value):
+            check(inner)
     for name, default in known.items():
         if default is inspect.Parameter.empty and name not in spec:
             raise ConfigError(f"drafter {spec['kind']!r} needs the option {name!r}")
+
+
+def _inner(name: str, value: Any) -> list:
+    """Specs of other drafters in an option."""
+    if name == "of" and not isinstance(value, list | tuple):
+        raise ConfigError(f"drafter option of={value!r}: expected a list of drafters")
+    return {"inner": [value], "of": value}.get(name, [])
 
 
 def build(spec: Spec, target) -> Drafter:
@@ -119,5 +128,8 @@ def needs_codes(spec: Spec) -> bool:
         spec = parse(spec)
     if not isinstance(spec, dict):
         return False
+    inner = [s for name, value in spec.items() for s in _inner(name, value)]
+    if any(needs_codes(s) for s in inner):
+        return True
     reads_codes = getattr(_module(spec["kind"]), "reads_codes", None)
     return reads_codes is not None and reads_codes(spec)

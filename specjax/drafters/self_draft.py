@@ -41,6 +41,10 @@ class SelfDraft:
     def scratch(self) -> int:
         return self.num_nodes
 
+    def following(self, depth: int) -> "SelfDraft":
+        """The same where steps may commit `depth` drafts, its own or others'."""
+        return self
+
     def init(self, target, batch, capacity):
         return ()
 

@@ -80,7 +80,9 @@ def build(checkpoint, dtype) -> EagleHead:
     config = checkpoint.config
     hidden, vocab, prefix = config.hidden_size, config.vocab_size, "layers.0"
     layer = nn.DecoderLayer(
-        self_attn=llama.build_attention(checkpoint, f"{prefix}.self_attn", hidden, dtype),
+        self_attn=llama.build_attention(
+            checkpoint, f"{prefix}.self_attn", hidden, dtype, config.layer_kind(0)
+        ),
         mlp=llama.build_mlp(checkpoint, f"{prefix}.mlp", dtype),
         input_layernorm=None,
         post_attention_layernorm=llama.build_norm(
@@ -88,17 +90,15 @@ def build(checkpoint, dtype) -> EagleHead:
         ),
     )
     own = {}
-    if checkpoint.has("rms_norm_rotation.weight"):
+    is_rotated = checkpoint.has("rms_norm_rotation.weight")
+    if is_rotated:
         rotation = checkpoint.tensor("rms_norm_rotation.weight", (hidden, hidden))
+        own["rotation"] = Linear(jnp.asarray(rotation, dtype))
+    if is_rotated or checkpoint.has("embed_tokens.weight"):
         table = checkpoint.tensor("embed_tokens.weight", (vocab, hidden))
-        own = {
-            "rotation": Linear(jnp.asarray(rotation, dtype)),
-            "embed_tokens": nn.Embedding(jnp.asarray(table, dtype)),
-            "lm_head": llama.build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype),
-        }
-    elif checkpoint.has("embed_tokens.weight"):
-        table = checkpoint.tensor("embed_tokens.weight", (vocab, hidden))
-        own = {"embed_tokens": nn.Embedding(jnp.asarray(table, dtype))}
+        own["embed_tokens"] = nn.Embedding(jnp.asarray(table, dtype))
+    if is_rotated or checkpoint.has("lm_head.weight"):
+        own["lm_head"] = llama.build_linear(checkpoint, "lm_head", vocab, hidden, False, dtype)
     has_bias = checkpoint.has("fc.bias")
     fc = llama.build_linear(checkpoint, "fc", hidden, 2 * hidden, has_bias, dtype)
     return EagleHead(config, fc, layer, **own)

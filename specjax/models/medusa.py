@@ -6,6 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from specjax.config import ModelConfig
+from specjax.models.cache import KVCache
+from specjax.models.one_pass import OnePassHead
 from specjax.quant.dense_linear import Linear
 
 
@@ -28,6 +30,45 @@ class MedusaHeads(nnx.Module):
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B n V"]:
         return jnp.stack([head(x) for head in self.heads], axis=1)
+
+
+class MedusaSlots(OnePassHead):
+    """The heads as slots of one pass: slot k is head k at the last known position. Nothing is cached.
+
+    Attributes:
+        heads: the network.
+        num_drafts: its heads.
+    """
+
+    needs = "final"
+
+    def __init__(self, heads: MedusaHeads):
+        self.heads, self.num_drafts = heads, len(heads.heads)
+
+    @property
+    def dtype(self):
+        return self.heads.heads[0].lm_head.weight.dtype
+
+    @property
+    def context_width(self):
+        return self.heads.heads[0].linear.in_features
+
+    def init_cache(self, batch, capacity):
+        return KVCache(keys=(), values=())
+
+    def take_in(self, rows, tokens, cache, target):
+        return cache
+
+    def draft(self, rows, root, cache, target):
+        last = (rows.count - 1)[:, None, None]
+        feature = jnp.take_along_axis(rows.features, last, axis=1)
+        return jnp.repeat(feature, self.num_drafts, axis=1), cache
+
+    def logits(self, hidden, target):
+        each = [
+            head(hidden[:, k]) for k, head in enumerate(list(self.heads.heads)[: hidden.shape[1]])
+        ]
+        return jnp.stack(each, axis=1)
 
 
 def build(checkpoint, config: ModelConfig, num_heads: int, dtype) -> MedusaHeads:

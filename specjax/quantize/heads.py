@@ -179,18 +179,21 @@ def speculators_config(folder: HeadFolder, target: base.Checkpoint) -> dict[str,
     )
 
 
-def check_pair(target: Path, head: Path) -> None:
+def check_pair(target: Path, head: Path, tensors: file_base.TensorSource | None = None) -> None:
     """Refuses a head whose rotation is not its target's.
 
     Rotations are known from the manifest that specjax writes or from a rotation file in the folder.
     A rotated head without either (SpecMQuant's) is compared with the target's Q, and accepted where
     the target's is not recorded.
 
+    Args:
+        tensors: of the head; None: they are opened.
+
     Raises:
         CheckpointError: one of them is rotated and the other is not, or by another Q.
     """
     wanted, found = _known(target), _known(head)
-    tensors = source.open_source(head)
+    tensors = source.open_source(head) if tensors is None else tensors
     matrix = tensors.read(MATRIX) if MATRIX in tensors.names() else None
     if wanted is None and found is None and (matrix is None or _has_unit_gain(target)):
         return

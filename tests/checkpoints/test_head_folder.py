@@ -12,7 +12,7 @@ import safetensors.numpy
 from specjax.checkpoints import heads
 from specjax.drafters import head as opening
 from specjax.errors import SpecjaxError
-from tests import head_fixtures
+from tests import head_fixtures, paths, tiny
 
 SPECULATORS, FLAT, NORMED = "eagle3-nbr-qwen3", "eagle3-deepspec-qwen3", "eagle31-llama"
 PARALLEL, MTP = "peagle-qwen3", "mtp-qwen3"
@@ -108,6 +108,11 @@ READ: dict[str, tuple[str, dict, Callable[[object], bool]]] = {
         {"mask_token_id": None, "ptd_token_id": 7},
         lambda d: d.head.mask_token == 7,
     ),
+    "the mask token under PARD's name": (
+        PARALLEL,
+        {"mask_token_id": None, "pard_token": 7},
+        lambda d: d.head.mask_token == 7,
+    ),
 }
 
 
@@ -145,6 +150,7 @@ REFUSED = {
     ),
     "fewer layers": (FLAT, {"target_layer_ids": [1, 3]}, {}, "fc.weight"),
     "another target": (SPECULATORS, {"target_hidden_size": 128}, {}, "target_hidden_size = 128"),
+    "a deeper target": (FLAT, {"num_target_layers": 9}, {}, "num_target_layers = 9"),
     "a new kind": (SPECULATORS, {"speculators_model_type": "eagle9"}, {}, "says eagle9"),
     "no maps": (SPECULATORS, {}, {"d2t": None, "t2d": None}, "d2t is missing"),
     "maps that differ": (SPECULATORS, {}, {"d2t": np.arange(128)}, "d2t and t2d name different"),
@@ -191,6 +197,15 @@ def test_options_that_do_not_fit(options, match, tmp_path):
         opened(SPECULATORS, tmp_path, **options)
 
 
+def test_options_that_a_kind_does_not_have():
+    target = head_fixtures.target("tiny8-llama")
+    folder = str(head_fixtures.folder("pard-llama-draft"))
+    with pytest.raises(SpecjaxError, match="window=8: heads of this kind have no such setting"):
+        opening.build(target, folder, window=8)
+    with pytest.raises(SpecjaxError, match="this head has no confidence head"):
+        opening.build(target, str(head_fixtures.folder(NORMED)), confidence=0.5)
+
+
 def test_tensors_tell_what_flags_do_not(tmp_path, caplog):
     """Stored norms and biases count, t2d says what d2t does, shared ends are the target's."""
     bias = np.full(96, 0.5, np.float16)
@@ -213,6 +228,24 @@ def test_states_named_as_outputs(tmp_path, caplog):
         found = opened(SPECULATORS, tmp_path, {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]})
     assert found.needs == (1, 3, 4) and "layer_ids=[2, 4, 5]" in caplog.text
     assert opened(SPECULATORS, tmp_path, layer_ids=[2, 4, 5]).needs == (2, 4, 5)
+
+
+def test_windows_reach_the_attention(tmp_path):
+    """Of every kind: the user's, and the head's own where it is narrower."""
+    target = head_fixtures.target("tiny8-qwen3")
+    kinds = lambda head: [layer.self_attn.kind.window for layer in (head.midlayer, *head.layers)]
+    made = opened(PARALLEL, tmp_path, window=12)
+    assert kinds(made.head.body) == [12, 12]
+    (tmp_path / "own").mkdir()
+    settings = {f"{LAYER}.layer_types": ["sliding_attention", "full_attention"]}
+    settings |= {f"{LAYER}.sliding_window": 7}
+    assert kinds(opened(PARALLEL, tmp_path / "own", settings, window=12).head.body) == [7, 12]
+    assert opened(MTP, tmp_path, window=5).head.layer.self_attn.kind.window == 5
+    head = heads.load_eagle(head_fixtures.folder(FLAT), target.module, "tiny8-qwen3", 9)
+    assert kinds(head) == [9]
+    tiny_target = tiny.fixture_model()
+    first = heads.load_eagle(paths.fixture("eagle2-tiny"), tiny_target, "tiny-fp16", 9)
+    assert first.layers[0].self_attn.kind.window == 9
 
 
 def test_the_drafter_eagle_opens_variants_and_names_the_other_drafter(tmp_path):

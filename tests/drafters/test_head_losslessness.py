@@ -6,6 +6,7 @@ Fast tests: random heads with quantized targets are in the tables of `tiny`, tra
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 import pytest
@@ -18,25 +19,22 @@ from specjax.models.prepare import prepare
 from specjax.quantize import quantize, recipe
 from tests import head_fixtures, ties, tiny
 
-# Drafters: a head, the shape of its drafts, and the family of its target.
+_TREE = {"draft_depth": 3, "topk": 3, "num_nodes": 9}
+# Name -> a head, and its options. Heads of one family fit the other's target too, where they accept little.
 DRAFTERS = {
-    "eagle3-chain": ("eagle3-nbr-{}", {"tree": "chain", "draft_depth": 4}, ("qwen3",)),
-    "eagle31-chain": ("eagle31-{}", {"tree": "chain", "draft_depth": 4}, ("llama",)),
-    "eagle3-topk": (
-        "eagle3-deepspec-{}",
-        {"draft_depth": 3, "topk": 3, "num_nodes": 9},
-        ("qwen3",),
-    ),
-    "eagle3-normfc-topk": (
-        *("eagle3-normfc-{}", {"draft_depth": 3, "topk": 3, "num_nodes": 9}, ("llama",)),
-    ),
-    "peagle-chain": ("peagle-{}", {"tree": "chain", "draft_depth": 4}, ("qwen3",)),
-    "peagle-window": ("peagle-{}", {"tree": "chain", "draft_depth": 4, "window": 6}, ("qwen3",)),
-    "mtp-chain": ("mtp-{}", {"tree": "chain", "draft_depth": 3}, ("qwen3",)),
-    "mtp-topk": ("mtp-{}", {"draft_depth": 3, "topk": 3, "num_nodes": 9}, ("qwen3",)),
+    "eagle3-chain": ("eagle3-nbr-qwen3", {"tree": "chain", "draft_depth": 4}),
+    "eagle31-chain": ("eagle31-llama", {"tree": "chain", "draft_depth": 4}),
+    "eagle3-topk": ("eagle3-deepspec-qwen3", _TREE),
+    "eagle3-normfc-topk": ("eagle3-normfc-llama", _TREE),
+    "peagle-chain": ("peagle-qwen3", {"tree": "chain", "draft_depth": 4}),
+    "peagle-best-first": ("peagle-qwen3", {"tree": "best-first", "draft_depth": 4, "num_nodes": 9}),
+    "peagle-window": ("peagle-qwen3", {"tree": "chain", "draft_depth": 4, "window": 6}),
+    "mtp-chain": ("mtp-qwen3", {"tree": "chain", "draft_depth": 3}),
+    "mtp-topk": ("mtp-qwen3", _TREE),
 }
 SCHEMES = {"dense": None, "w4a16": 32, "w8a8": None, "w4a8": 32}
-PRODUCT = [(name, scheme, batch) for name in DRAFTERS for scheme in SCHEMES for batch in (1, 4)]
+FAMILIES = ("llama", "qwen3")
+PRODUCT = list(itertools.product(DRAFTERS, FAMILIES, SCHEMES, (1, 4)))
 NEW_TOKENS = (30, 17, 24, 30, 21, 9)
 COMPARISONS = ties.Comparisons()
 
@@ -66,31 +64,31 @@ def texts(family: str, scheme: str) -> list[list[int]]:
     return tiny.greedy(target(family, scheme).module, prompts, max(NEW_TOKENS))
 
 
-def check(name: str, scheme: str, batch: int) -> None:
-    pattern, options, families = DRAFTERS[name]
-    for family in families:
-        built_for = target(family, scheme)
-        path = head_fixtures.folder(pattern.format(family))
-        drafter = heads.build(built_for, str(path), **options)
-        whole = texts(family, scheme)
-        lengths = [len(text) - max(NEW_TOKENS) for text in whole]
-        prompts = [text[:length] for text, length in zip(whole, lengths, strict=True)]
-        jobs = tiny.requests(prompts, NEW_TOKENS)[: 6 if batch > 1 else 2]
-        done = tiny.run(tiny.engine(built_for.module, drafter, Programs()), jobs, batch)
-        for completion in done:
-            index = completion.request.request_id
-            expected = whole[index][lengths[index] : lengths[index] + NEW_TOKENS[index]]
-            COMPARISONS.compare(built_for.module, prompts[index], completion.output_ids, expected)
-        histogram = tiny.histogram(done)
-        print(f"{name}, {family}, {scheme}, batch {batch}: accepted {histogram.tolist()}")
-        # Quantization disturbs a target's features, not what its head knows of the language.
-        assert histogram[1:].sum() > 0 and histogram[-1] > 0
+def check(name: str, family: str, scheme: str, batch: int) -> None:
+    head, options = DRAFTERS[name]
+    built_for, whole = target(family, scheme), texts(family, scheme)
+    drafter = heads.build(built_for, str(head_fixtures.folder(head)), **options)
+    lengths = [len(text) - max(NEW_TOKENS) for text in whole]
+    prompts = [text[:length] for text, length in zip(whole, lengths, strict=True)]
+    jobs = tiny.requests(prompts, NEW_TOKENS)[: 6 if batch > 1 else 2]
+    done = tiny.run(tiny.engine(built_for.module, drafter, Programs()), jobs, batch)
+    for completion in done:
+        index = completion.request.request_id
+        expected = whole[index][lengths[index] : lengths[index] + NEW_TOKENS[index]]
+        COMPARISONS.compare(built_for.module, prompts[index], completion.output_ids, expected)
+    histogram = tiny.histogram(done)
+    print(f"{name}, {family}, {scheme}, batch {batch}: accepted {histogram.tolist()}")
+    if head.endswith(
+        family
+    ):  # quantization disturbs features, not what a head knows of the language
+        assert histogram[1:].sum() > 0
+        assert batch == 1 or histogram[-1] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "scheme", "batch"), PRODUCT)
-def test_greedy_output_is_the_targets(name, scheme, batch):
-    check(name, scheme, batch)
+@pytest.mark.parametrize(("name", "family", "scheme", "batch"), PRODUCT)
+def test_greedy_output_is_the_targets(name, family, scheme, batch):
+    check(name, family, scheme, batch)
 
 
 @pytest.mark.slow

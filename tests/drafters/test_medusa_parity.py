@@ -5,6 +5,7 @@
 
 import functools
 import json
+import types
 from dataclasses import replace
 
 import jax
@@ -16,14 +17,19 @@ from safetensors.numpy import load_file
 
 from specjax import verify
 from specjax.checkpoints import heads
+from specjax.checkpoints.head_folder import HeadFolder
 from specjax.decoding import sampling as sample
 from specjax.decoding import target as passes
 from specjax.decoding import tree as trees
 from specjax.decoding.tree import Tree
+from specjax.drafters import head as opening
+from specjax.drafters.arrangements import BestFirst
 from specjax.drafters.base import Chunk
+from specjax.drafters.head_options import HeadOptions
 from specjax.drafters.medusa import medusa
 from specjax.engine import decode as decoding
 from specjax.models import cache as kv
+from specjax.models.one_pass import Rows
 from tests import paths, planned, tiny
 
 TREES = ("mc_sim_7b_63", "vicuna_7b_stage2")
@@ -157,3 +163,23 @@ def test_candidates_acceptances_and_outputs_are_upstreams(name):
         assert size >= ROUNDS
         assert (produced[:size] == upstream[:size]).all(), prefix
     assert close == 0, "no recorded decision was close, so everything was compared exactly"
+
+
+def test_the_heads_are_slots_of_one_pass():
+    """`head` opens the folder too; each slot is a head at the last known position, others' rows do not matter."""
+    target = types.SimpleNamespace(
+        module=tiny.fixture_model(), config=tiny.fixture_model().config, name="tiny-fp16"
+    )
+    folder = HeadFolder(paths.fixture("medusa-tiny"))
+    made = opening.kind_of(folder).build(folder, target, HeadOptions())
+    assert isinstance(made.arrangement, BestFirst) and made.max_depth == 4
+    width = target.config.hidden_size
+    features = jax.random.normal(jax.random.key(0), (2, 5, width))
+    zeros = jnp.zeros((2, 5), jnp.int32)
+    counts = jnp.asarray([2, 5], jnp.int32)
+    rows = Rows(features=features, tokens=zeros, start=zeros[:, 0], count=counts)
+    cache = made.head.init_cache(2, 8)
+    hidden, _ = made.head.draft(rows, zeros[:, 0], cache, target.module)
+    expected = drafter("mc_sim_7b_63").heads(jnp.stack([features[0, 1], features[1, 4]]))
+    found = made.head.logits(hidden[:, :3], target.module)
+    np.testing.assert_allclose(found, expected[:, :3], atol=1e-5)

@@ -9,8 +9,8 @@ _OWN_DEPTH = 5
 
 
 def matches(folder: HeadFolder) -> bool:
-    """A first layer that norms the feature; without the mask rows of P-EAGLE."""
-    return folder.says in (None, "eagle3") and heads.is_eagle3(folder)
+    """What the configuration says, else a first layer that norms the feature; without the mask rows of P-EAGLE."""
+    return heads.is_eagle3(folder) and not heads.is_parallel(folder)
 
 
 def build(folder: HeadFolder, target, options: HeadOptions):

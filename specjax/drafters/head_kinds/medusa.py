@@ -2,9 +2,9 @@
 
 from specjax.checkpoints import heads
 from specjax.checkpoints.head_folder import MEDUSA_FILES, HeadFolder
-from specjax.drafters import medusa
+from specjax.drafters import head_options
 from specjax.drafters.head_options import HeadOptions
-from specjax.errors import ConfigError
+from specjax.models.medusa import MedusaSlots
 
 
 def matches(folder: HeadFolder) -> bool:
@@ -13,17 +13,6 @@ def matches(folder: HeadFolder) -> bool:
 
 
 def build(folder: HeadFolder, target, options: HeadOptions):
-    """The drafter: a static tree over the heads' best tokens, or their chain."""
-    loaded, _ = heads.open_medusa(folder, target.module)
-    count = len(loaded.heads)
-    if options.shape("topk", "chain") == "chain":
-        depth = options.chain_depth(count)
-        if depth > count:
-            raise ConfigError(f"draft_depth={depth}: the file has {count} heads; at most so many")
-        return medusa.medusa(loaded, [(0,) * (d + 1) for d in range(depth)])
-    depth = options.draft_depth or count
-    if depth > count:
-        raise ConfigError(f"draft_depth={depth}: the file has {count} heads; at most so many")
-    chosen = {"num_nodes": options.num_nodes, "topk": options.topk}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    return medusa.medusa(loaded, medusa.default_choices(depth, **chosen))
+    """The drafter; trees of medusa_choices.json are what the drafter `medusa` drafts."""
+    slots = MedusaSlots(heads.open_medusa(folder, target.module)[0])
+    return head_options.one_block(slots, options, slots.num_drafts)

@@ -10,8 +10,9 @@ _OWN_DEPTH = 3
 
 
 def matches(folder: HeadFolder) -> bool:
-    """Tensors below `mtp_layers`."""
-    return any(name.startswith("mtp_layers.") for name in folder.names)
+    """What the configuration says, else tensors below `mtp_layers`."""
+    stored = any(name.startswith("mtp_layers.") for name in folder.names)
+    return folder.says == "mtp" or (folder.says is None and stored)
 
 
 def build(folder: HeadFolder, target, options: HeadOptions):
