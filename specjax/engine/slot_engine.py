@@ -178,6 +178,10 @@ class SlotEngine:
             leaf.copy_to_host_async()
         return piece
 
+    def wait(self) -> None:
+        """Waits until all that was dispatched is done."""
+        jax.block_until_ready(self.state.lengths)
+
     def copy(self, source: int, to: int) -> None:
         """See `slots.copy_slot`."""
         self.state = self._copy(state=self.state, source=np.int32(source), to=np.int32(to))
