@@ -72,7 +72,10 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    text = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed here"}
+    text = {
+        404: f"there is no {request.url.path} here",
+        405: f"{request.method} is not allowed here",
+    }
     message = text.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=error.headers).response()
 

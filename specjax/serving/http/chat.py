@@ -37,7 +37,9 @@ async def answer(service: Service, http: HttpRequest) -> Response:
         found = []
         if first:
             opening = {"role": "assistant", "content": ""}
-            found.append({"index": index, "delta": opening, "logprobs": None, "finish_reason": None})
+            found.append(
+                {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
+            )
         found.append(
             {
                 "index": index,

@@ -86,7 +86,10 @@ class Pieces:
             begin: characters before the first token.
         """
         found: dict[str, list] = {
-            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
         }
         for each in tokens:
             token, logprob, top = each, None, None

@@ -1,6 +1,7 @@
 """One text while it is generated: events of the engine's thread, as pieces of text in the event loop."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -56,10 +57,9 @@ class Generation:
         loop = asyncio.get_running_loop()
 
         def tell(event: Event) -> None:
-            try:
+            # The loop may have ended: then nobody listens.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
-            except RuntimeError:
-                pass  # the loop has ended: nobody listens
 
         runner.submit(request, tell)
 

@@ -58,7 +58,9 @@ def serve(ours: Service, host: str, port: int) -> BaseException | None:
     SIGTERM and SIGINT: nothing new is taken, what runs is finished within `Settings.drain_s`.
     """
     if host not in _LOOPBACK and not ours.settings.api_keys:
-        _log.warning("%s is open to others and there is no --api_key_file: anybody may use it", host)
+        _log.warning(
+            "%s is open to others and there is no --api_key_file: anybody may use it", host
+        )
     config = uvicorn.Config(
         app.create(ours),
         host=host,

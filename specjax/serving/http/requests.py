@@ -80,7 +80,9 @@ class Prompts:
         except ConfigError as error:
             raise ApiError(400, str(error), param="stop") from error
         if len(found) > _MOST_STOPS:
-            raise ApiError(400, f"stop has {len(found)} strings; at most {_MOST_STOPS}", param="stop")
+            raise ApiError(
+                400, f"stop has {len(found)} strings; at most {_MOST_STOPS}", param="stop"
+            )
         if found:
             self.known("stop")
         return found
@@ -144,14 +146,22 @@ class Prompts:
         bias = {}
         for token, value in (body.logit_bias or {}).items():
             if not token.isdecimal():
-                raise ApiError(400, f"logit_bias has the key {token!r}: a token id", param="logit_bias")
+                raise ApiError(
+                    400, f"logit_bias has the key {token!r}: a token id", param="logit_bias"
+                )
             bias[int(token)] = value
         given = {
             "temperature": self._temperature if body.temperature is None else body.temperature,
             "top_k": None if body.top_k is None else max(body.top_k, 0),
             "logit_bias": bias,
         }
-        for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        for name in (
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        ):
             given[name] = getattr(body, name)
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
