@@ -15,7 +15,7 @@ from absl import flags
 
 HEADINGS = (
     *("Preset", "Model", "Input", "Drafter", "Sampling", "Quantization", "Training", "Measuring"),
-    *("Output", "Depth", "Execution"),
+    *("Output", "Depth", "Serving", "Safety", "Execution"),
 )
 """In the order of help: what most command lines name comes first."""
 
