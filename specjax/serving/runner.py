@@ -142,6 +142,8 @@ class EngineRunner:
     def close(self) -> None:
         with self._lock:
             self._draining = True
+        if self._thread.ident is None:  # never started: nobody else would end what was submitted
+            self._end_all("cancelled", None)
         self._inbox.put(_CLOSE)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
