@@ -277,6 +277,7 @@ class EngineRunner:
         if job.histogram:
             self._histogram += job.histogram
         self._tell(job, event)
+        self._publish()  # before `drain` hears of it, whose caller may read the counters
         with self._lock:
             self._known.discard(job.request.request_id)
             self._lock.notify_all()
