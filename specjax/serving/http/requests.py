@@ -145,9 +145,11 @@ class Prompts:
     def _sampling(self, body: Generation) -> SamplingParams:
         bias = {}
         for token, value in (body.logit_bias or {}).items():
-            if not token.isdecimal():
+            if not (token.isascii() and token.isdecimal() and len(token) < 10):
                 raise ApiError(
-                    400, f"logit_bias has the key {token!r}: a token id", param="logit_bias"
+                    400,
+                    f"logit_bias has the key {token[:40]!r}; supported are token ids",
+                    param="logit_bias",
                 )
             bias[int(token)] = value
         given = {
