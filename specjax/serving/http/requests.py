@@ -67,11 +67,16 @@ class Prompts:
 
     def _ids(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str):
+            size = self.limits.vocab_size
+            wrong = next((token for token in prompt if not 0 <= token < size), None)
+            if wrong is not None:
+                message = f"prompt has the token {wrong}, outside the vocabulary of {size}"
+                raise ApiError(400, message, param="prompt")
             return list(prompt)
         try:
             return self.known("prompt").encode(prompt, add_special_tokens)
         except SpecjaxError as error:
-            raise ApiError(400, str(error), param="prompt") from error
+            raise ApiError(400, f"prompt: {error}", param="prompt") from error
 
     def stop_strings(self, body: Generation) -> tuple[str, ...]:
         """Checked stop strings."""
