@@ -39,10 +39,14 @@ class _Choices:
         self._sent: dict[int, int] = {}
 
     def _prompt_text(self, index: int) -> str:
-        """What `echo` puts before a choice: the prompt, token by token, so that offsets agree."""
+        """What `echo` puts before a choice: characters may span tokens, so the prompt is decoded as one."""
         if not self._body.echo:
             return ""
-        return "".join(map(self._service.pieces, self._job.requests[index].prompt_ids))
+        ids = self._job.requests[index].prompt_ids
+        tokenizer = self._service.prompts.tokenizer
+        if tokenizer is None:
+            return "".join(map(self._service.pieces, ids))
+        return tokenizer.decode(ids, skip_special_tokens=False)
 
     def _logprobs(self, index: int, deltas: list[Delta], begin: int, prompt: bool):
         if self._body.logprobs is None:

@@ -36,6 +36,7 @@ class Service:
         pieces: tokens as text.
         ending: set when the server is told to end: streams then have `settings.drain_s` left.
         started: when, in seconds since the epoch.
+        pending: choices that were submitted and have not ended; the runner's own figures are of its last look.
     """
 
     runner: Runner
@@ -45,16 +46,29 @@ class Service:
     pieces: formats.Pieces
     ending: anyio.Event = field(default_factory=anyio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
+    pending: int = 0
+
+    def leave(self) -> None:
+        """A choice has ended."""
+        self.pending -= 1
 
     def check_room(self, count: int) -> None:
-        """Raises ApiError: 503 where nothing is taken any more, 429 where too many wait."""
+        """Raises ApiError: 503 where nothing is taken any more, 400 for more choices than ever fit, 429 where too many
+        wait.
+        """
         if self.runner.failure is not None or not self.runner.ready:
             raise ApiError(503, "the server takes no requests now", headers={"Retry-After": "5"})
-        waiting = self.runner.stats().waiting
-        if waiting and waiting + count > self.settings.max_queue:
+        most = self.runner.limits.num_slots + self.settings.max_queue
+        if count > most:
+            raise ApiError(
+                400,
+                f"the request asks for {count} choices; at most {most} run and wait together: split it",
+                param="prompt",
+            )
+        if self.pending + count > most:
             raise ApiError(
                 429,
-                f"{waiting} requests wait already, of at most {self.settings.max_queue}",
+                f"{self.pending} requests run or wait already; with {count} more the limit of {most} is exceeded",
                 headers={"Retry-After": "1"},
                 code="queue_full",
             )
@@ -92,7 +106,11 @@ def submit(service: Service, job: Job) -> list[Generation]:
     try:
         for request in job.requests:
             tokenizer = service.prompts.tokenizer
-            started.append(Generation(service.runner, request, tokenizer, job.stop))
+            generation = Generation(
+                service.runner, request, tokenizer, job.stop, ended=service.leave
+            )
+            service.pending += 1
+            started.append(generation)
     except RunnerClosedError as error:
         _cancel(started)
         raise ApiError(503, str(error), headers={"Retry-After": "5"}) from error

@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from specjax.serving.types import Event, Request, Runner, Statistics, TokenLogprob
 from specjax.text.transcript import Transcript
@@ -44,9 +44,18 @@ class Generation:
         request: what to do.
         tokenizer: for the text, or None: tokens only.
         stop: stop strings.
+        ended: called in the event loop once the runner has let go of the request.
     """
 
-    def __init__(self, runner: Runner, request: Request, tokenizer, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        runner: Runner,
+        request: Request,
+        tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        ended: Callable[[], None] = lambda: None,
+    ):
         self._runner, self.request = runner, request
         self._transcript = None
         if tokenizer is not None:
@@ -60,6 +69,8 @@ class Generation:
             # The loop may have ended: then nobody listens.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
+                if event.finish_reason is not None:
+                    loop.call_soon_threadsafe(ended)
 
         runner.submit(request, tell)
 
@@ -121,5 +132,8 @@ class Generation:
             prompt_logprobs=joined["prompt_logprobs"],
             finish_reason={None: None, "stop": "stop"}.get(reason, "length"),
             stopped_by=reason if reason in ("deadline", "cancelled") else None,
-            statistics=last.statistics,
+            # Tokens behind a stop string were made but are not part of the answer.
+            statistics=last.statistics
+            if keep is None
+            else replace(last.statistics, new_tokens=keep),
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import threading
 from typing import Any
 
@@ -49,7 +50,9 @@ class _Server(uvicorn.Server):
         self._ours.ending.set()
         # In a thread: it waits for requests that the event loop has to serve.
         threading.Thread(target=self._ours.runner.drain, args=(0.0,), daemon=True).start()
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own: it raises the signal again at the end, and the process dies before the engine is closed.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def serve(ours: Service, host: str, port: int) -> BaseException | None:

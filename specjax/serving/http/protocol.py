@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from specjax.serving.http.errors import ApiError
 
-_Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 # What changes nothing about the text, so that it may be left unread.
 IGNORED = (
@@ -145,8 +145,10 @@ def _refusal(error: ValidationError, known) -> ApiError:
         return ApiError(400, message, param=field, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{field} is missing", param=field, code="missing_required_parameter")
+    # The place is empty where the body as a whole is wrong: a field's name that is not Unicode.
+    param = str(first["loc"][0]) if first["loc"] else None
     message = f"{field}={_short(first['input'])}: {first['msg']}"
-    return ApiError(400, message, param=str(first["loc"][0]), code="invalid_value")
+    return ApiError(400, message, param=param, code="invalid_value")
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from specjax.text import transcript
 from specjax.text.tokenizer import Tokenizer
 
 _MOST_STOPS = 16
+_MOST_DIGITS = 18
 
 
 class Prompts:
@@ -67,6 +68,11 @@ class Prompts:
 
     def _ids(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str):
+            # Before a tokenizer sees them: it cannot take numbers of any size.
+            size = self.limits.vocab_size
+            wrong = next((token for token in prompt if not 0 <= token < size), None)
+            if wrong is not None:
+                raise ApiError(400, f"prompt has {wrong}, outside of {size}", param="prompt")
             return list(prompt)
         try:
             return self.known("prompt").encode(prompt, add_special_tokens)
@@ -145,9 +151,10 @@ class Prompts:
     def _sampling(self, body: Generation) -> SamplingParams:
         bias = {}
         for token, value in (body.logit_bias or {}).items():
-            if not token.isdecimal():
+            # Python refuses to read numbers of thousands of digits; no vocabulary needs more than these.
+            if not (token.isascii() and token.isdecimal() and len(token) <= _MOST_DIGITS):
                 raise ApiError(
-                    400, f"logit_bias has the key {token!r}: a token id", param="logit_bias"
+                    400, f"logit_bias has the key {token[:40]!r}: a token id", param="logit_bias"
                 )
             bias[int(token)] = value
         given = {
