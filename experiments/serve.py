@@ -35,7 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
         string("speculative_config", None, "In place of --drafter: vLLM's JSON for it.")
     with flag_groups.heading(values, "Serving"):
         string("host", "127.0.0.1", "Address to listen at.")
-        integer("port", 8000, "Port.", lower_bound=0, upper_bound=65535)
+        integer("port", 8000, "Port; 0: one that is free.", lower_bound=0, upper_bound=65535)
         integer("max_num_seqs", 4, "Requests that run together.", lower_bound=1)
         integer(
             "max_model_len",
@@ -91,14 +91,20 @@ def main(values: flags.FlagValues) -> None:
         request_timeout_s=values.request_timeout_s,
         drain_s=values.drain_s,
     )
+    if settings.isolate_keys and not settings.api_keys:
+        raise ConfigError(
+            "--isolate_keys keeps keys apart, and there are none: give --api_key_file"
+        )
     spec = _spec(values)
+    place = process.bind(values.host, values.port)
     model = flags_model.load_model(values, [spec])
     runner = EngineRunner(_engine(values, model, spec), vocab_size=model.config.vocab_size)
     print(f"{values.model}: loaded; compiling what it will need", file=sys.stderr)
     runner.start()
     runner.wait_ready()
-    print(f"serving {names[0]} at http://{values.host}:{values.port}", file=sys.stderr)
-    failure = process.serve(process.service(model, runner, settings), values.host, values.port)
+    host = f"[{values.host}]" if ":" in values.host else values.host
+    print(f"serving {names[0]} at http://{host}:{place.getsockname()[1]}", file=sys.stderr)
+    failure = process.serve(process.service(model, runner, settings), place)
     if failure is not None:
         raise SystemExit(f"the engine failed: {type(failure).__name__}: {failure}")
 

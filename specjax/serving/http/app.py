@@ -8,10 +8,9 @@ from pathlib import Path
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from specjax.errors import SpecjaxError
 from specjax.serving.http import chat, completions
@@ -33,7 +32,15 @@ def create(service: Service) -> Starlette:
 
     def route(path: str, endpoint: Endpoint, method: str) -> Route:
         async def call(request: Request) -> Response:
-            return await endpoint(service, request)
+            try:
+                return await endpoint(service, request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except (ApiError, HTTPException, SpecjaxError):
+                raise
+            except Exception as error:
+                # Here, and not by Starlette, which would raise it again: servers log that with all it says.
+                return _failure(request, error)
 
         return Route(path, call, methods=[method])
 
@@ -48,23 +55,24 @@ def create(service: Service) -> Starlette:
         route("/ready", _ready, "GET"),
         route("/metrics", _metrics, "GET"),
         route("/version", _version, "GET"),
-        Mount("/", _Page(directory=_PAGE, html=True)),
+        *(_page_file(path) for path in sorted(_PAGE.iterdir())),
     ]
     handlers = {
         ApiError: _api_error,
         HTTPException: _http_error,
         SpecjaxError: _our_error,
-        Exception: _failure,
     }
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
-class _Page(StaticFiles):
-    def file_response(self, *arguments, **settings) -> Response:
-        response = super().file_response(*arguments, **settings)
-        response.headers["Content-Security-Policy"] = _POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
+def _page_file(path: Path) -> Route:
+    """A file of the page; a route of its own, so that wrong methods of endpoints stay 405."""
+    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+
+    async def call(request: Request) -> Response:
+        return FileResponse(path, headers=headers)
+
+    return Route("/" if path.name == "index.html" else f"/{path.name}", call)
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
@@ -84,7 +92,7 @@ async def _our_error(request: Request, error: SpecjaxError) -> Response:
     return ApiError(400, str(error)).response()
 
 
-async def _failure(request: Request, error: Exception) -> Response:
+def _failure(request: Request, error: Exception) -> Response:
     # Neither the log nor the answer has anything of the prompt.
     _log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
     return ApiError(500, f"the server failed: {type(error).__name__}").response()

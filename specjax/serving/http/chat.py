@@ -23,6 +23,7 @@ async def answer(service: Service, http: HttpRequest) -> Response:
 
     def whole(index: int, deltas: list[Delta]) -> dict[str, Any]:
         end = deltas[-1]
+        end = deltas[-1]
         message = {"role": "assistant", "content": "".join(d.text for d in deltas), "refusal": None}
         tokens = [logprob for delta in deltas for logprob in delta.logprobs]
         return {
@@ -30,7 +31,7 @@ async def answer(service: Service, http: HttpRequest) -> Response:
             "message": message,
             "logprobs": service.pieces.chat(tokens) if body.logprobs else None,
             "finish_reason": end.finish_reason,
-            "speculative_decoding_stats": formats.speculation(end.statistics),
+            **formats.ending(end),
         }
 
     def pieces(index: int, delta: Delta, first: bool) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """/v1/completions: texts or token ids go on; with `echo` and `logprobs` they are scored."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -10,6 +11,7 @@ from specjax.serving.http.body import read_json
 from specjax.serving.http.endpoints import Job, Service
 from specjax.serving.http.generation import Delta
 from specjax.serving.http.protocol import Completion, parse
+from specjax.text.tokenizer import Tokenizer
 
 
 async def answer(service: Service, http: HttpRequest) -> Response:
@@ -35,49 +37,79 @@ class _Choices:
 
     def __init__(self, service: Service, job: Job):
         self._service, self._job, self._body = service, job, job.body
-        # Of each choice in a stream, characters so far.
+        self._tokenizer = service.prompts.tokenizer
+        # Of each choice in a stream, characters so far and where its next token begins.
         self._sent: dict[int, int] = {}
+        self._places: dict[int, _Places] = {}
 
-    def _prompt_text(self, index: int) -> str:
-        """What `echo` puts before a choice: characters may span tokens, so the prompt is decoded as one."""
-        if not self._body.echo:
-            return ""
+    def _prompt(self, index: int) -> list[str]:
+        """What `echo` puts before a choice, token by token; special tokens that the tokenizer added have no text."""
         ids = self._job.requests[index].prompt_ids
-        tokenizer = self._service.prompts.tokenizer
-        if tokenizer is None:
-            return "".join(map(self._service.pieces, ids))
-        return tokenizer.decode(ids, skip_special_tokens=False)
+        if not self._body.echo or self._tokenizer is None:
+            return [""] * len(ids)
+        given = self._body.prompt
+        given = given if isinstance(given, str) else given[index // self._body.n]
+        added = self._tokenizer.special_tokens if isinstance(given, str) else {}
+        decoder = self._tokenizer.stream_decoder(skip_special_tokens=False)
+        hidden = {token for token, text in added.items() if text not in given}
+        parts = ["" if token in hidden else decoder.step(token) for token in ids]
+        return [*parts[:-1], parts[-1] + decoder.finish()]
 
-    def _logprobs(self, index: int, deltas: list[Delta], begin: int, prompt: bool):
+    def _logprobs(self, index: int, deltas: list[Delta], prompt: list[str] | None, end: int | None):
+        """`logprobs` of new tokens, behind the prompt's parts where those are given; no place is beyond `end`."""
         if self._body.logprobs is None:
             return None
         tokens: list = []
-        if prompt and self._body.echo:
-            tokens.append(self._job.requests[index].prompt_ids[0])
-            tokens += [each for delta in deltas for each in delta.prompt_logprobs]
-        tokens += [each for delta in deltas for each in delta.logprobs]
-        return self._service.pieces.completion(tokens, begin, self._body.logprobs)
+        starts: list[int] = []
+        if prompt is not None:
+            begin = sum(map(len, prompt))
+            ids = self._job.requests[index].prompt_ids
+            self._places[index] = _Places(self._tokenizer, ids, begin)
+            if self._body.echo:
+                tokens = [ids[0], *(each for delta in deltas for each in delta.prompt_logprobs)]
+                starts = [sum(map(len, prompt[:count])) for count in range(len(prompt))]
+        new = [each for delta in deltas for each in delta.logprobs]
+        starts += [self._places[index].next(each.token) for each in new]
+        if end is not None:
+            starts = [min(start, end) for start in starts]
+        return self._service.pieces.completion(tokens + new, starts, self._body.logprobs)
 
     def whole(self, index: int, deltas: list[Delta]) -> dict[str, Any]:
-        end = deltas[-1]
+        prompt = self._prompt(index)
+        text = "".join([*prompt, *(delta.text for delta in deltas)])
         return {
             "index": index,
-            "text": self._prompt_text(index) + "".join(delta.text for delta in deltas),
-            "logprobs": self._logprobs(index, deltas, 0, True),
-            "finish_reason": end.finish_reason,
-            "speculative_decoding_stats": formats.speculation(end.statistics),
+            "text": text,
+            "logprobs": self._logprobs(index, deltas, prompt, len(text)),
+            "finish_reason": deltas[-1].finish_reason,
+            **formats.ending(deltas[-1]),
         }
 
     def pieces(self, index: int, delta: Delta, first: bool) -> list[dict[str, Any]]:
-        text = (self._prompt_text(index) if first else "") + delta.text
-        begin = self._sent.get(index, 0)
-        self._sent[index] = begin + len(text)
+        prompt = self._prompt(index) if first else None
+        text = "".join(prompt or ()) + delta.text
+        sent = self._sent[index] = self._sent.get(index, 0) + len(text)
+        end = None if delta.finish_reason is None else sent
         return [
             {
                 "index": index,
                 "text": text,
-                "logprobs": self._logprobs(index, [delta], begin, first),
+                "logprobs": self._logprobs(index, [delta], prompt, end),
                 "finish_reason": delta.finish_reason,
                 **formats.extras(delta),
             }
         ]
+
+
+class _Places:
+    """Where the tokens behind a prompt begin, in characters of the text."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], begin: int):
+        self._decoder = None if tokenizer is None else tokenizer.stream_decoder(prompt)
+        self._at = begin
+
+    def next(self, token: int) -> int:
+        """The place of the next token."""
+        begin = self._at
+        self._at += 0 if self._decoder is None else len(self._decoder.step(token))
+        return begin

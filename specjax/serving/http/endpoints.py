@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +24,8 @@ from specjax.serving.http.requests import Prompts
 from specjax.serving.http.settings import Settings
 from specjax.serving.types import Request, Runner
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class Service:
@@ -36,7 +39,7 @@ class Service:
         pieces: tokens as text.
         ending: set when the server is told to end: streams then have `settings.drain_s` left.
         started: when, in seconds since the epoch.
-        pending: choices that were submitted and have not ended; the runner's own figures are of its last look.
+        open: requests that the runner has and is not done with.
     """
 
     runner: Runner
@@ -46,32 +49,29 @@ class Service:
     pieces: formats.Pieces
     ending: anyio.Event = field(default_factory=anyio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
-    pending: int = 0
-
-    def leave(self) -> None:
-        """A choice has ended."""
-        self.pending -= 1
+    open: int = 0
 
     def check_room(self, count: int) -> None:
-        """Raises ApiError: 503 where nothing is taken any more, 400 for more choices than ever fit, 429 where too many
-        wait.
-        """
+        """Raises ApiError: 503 where nothing is taken any more, 429 where too many wait."""
         if self.runner.failure is not None or not self.runner.ready:
             raise ApiError(503, "the server takes no requests now", headers={"Retry-After": "5"})
-        most = self.runner.limits.num_slots + self.settings.max_queue
-        if count > most:
+        # Counted here: what the runner publishes is as old as its last look, and many may come between two.
+        room = self.runner.limits.num_slots + self.settings.max_queue
+        if count > room:
             raise ApiError(
-                400,
-                f"the request asks for {count} choices; at most {most} run and wait together: split it",
-                param="prompt",
+                400, f"{count} choices of all prompts together: at most {room}", param="n"
             )
-        if self.pending + count > most:
+        if self.open + count > room:
             raise ApiError(
                 429,
-                f"{self.pending} requests run or wait already; with {count} more the limit of {most} is exceeded",
+                f"{self.open} requests run or wait, of at most {room}",
                 headers={"Retry-After": "1"},
                 code="queue_full",
             )
+
+    def close_one(self) -> None:
+        """The runner is done with a request."""
+        self.open -= 1
 
 
 @dataclass(kw_only=True)
@@ -90,13 +90,14 @@ class Job:
     body: Any
     requests: list[Request]
     stop: tuple[str, ...]
-    identifier: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    identifier: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def frame(self, model: str, streamed: bool) -> dict[str, Any]:
         chat = self.kind == "chat.completion"
         name = f"{self.kind}.chunk" if chat and streamed else self.kind
-        return {"id": self.identifier, "object": name, "created": self.created, "model": model}
+        identifier = f"{'chatcmpl' if chat else 'cmpl'}-{self.identifier}"
+        return {"id": identifier, "object": name, "created": self.created, "model": model}
 
 
 def submit(service: Service, job: Job) -> list[Generation]:
@@ -106,11 +107,10 @@ def submit(service: Service, job: Job) -> list[Generation]:
     try:
         for request in job.requests:
             tokenizer = service.prompts.tokenizer
-            generation = Generation(
-                service.runner, request, tokenizer, job.stop, ended=service.leave
+            started.append(
+                Generation(service.runner, request, tokenizer, job.stop, service.close_one)
             )
-            service.pending += 1
-            started.append(generation)
+            service.open += 1
     except RunnerClosedError as error:
         _cancel(started)
         raise ApiError(503, str(error), headers={"Retry-After": "5"}) from error
@@ -191,7 +191,8 @@ def stream(
     generations = submit(service, job)
     frame = job.frame(service.settings.model_name, True)
     options = job.body.stream_options
-    return EventSourceResponse(
+    return _Stream(
+        generations,
         _events(service, job, generations, choice, frame, options),
         ping=15,
         send_timeout=service.settings.send_timeout_s,
@@ -199,6 +200,20 @@ def stream(
         shutdown_grace_period=service.settings.drain_s,
         headers={"X-Accel-Buffering": "no"},
     )
+
+
+class _Stream(EventSourceResponse):
+    """Frees the slots however it ends: a client may go before the first event is asked for."""
+
+    def __init__(self, generations: list[Generation], *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._generations = generations
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _cancel(self._generations)
 
 
 async def _events(service, job, generations, choice, frame, options) -> AsyncIterator[dict]:
@@ -221,6 +236,10 @@ async def _events(service, job, generations, choice, frame, options) -> AsyncIte
         yield {"data": "[DONE]"}
     except EngineFailedError as error:
         yield {"data": _dumped(ApiError(500, f"the engine failed: {error}").body())}
+    except Exception as error:
+        # Neither the log nor the answer has anything of the prompt.
+        _log.error("a stream failed: %s", type(error).__name__)
+        yield {"data": _dumped(ApiError(500, f"the server failed: {type(error).__name__}").body())}
     finally:
         _cancel(generations)
 

@@ -43,8 +43,13 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The object that clients read."""
         kind = _TYPES.get(self.status, "internal_server_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        texts = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": {name: _unicode(text) for name, text in texts.items()}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _unicode(text: str | None) -> str | None:
+    """A text that can be sent: JSON may have brought half a surrogate pair, which is written out."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()

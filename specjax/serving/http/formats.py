@@ -69,7 +69,9 @@ class Pieces:
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            # A token that is a part of a character has no text of its own, and what its bytes are is not known here.
+            parts = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": parts}
 
         content = [
             entry(each.token, each.logprob) | {"top_logprobs": [entry(*top) for top in each.top]}
@@ -78,12 +80,13 @@ class Pieces:
         return {"content": content, "refusal": None}
 
     def completion(
-        self, tokens: Sequence[TokenLogprob | int], begin: int, num_top: int
+        self, tokens: Sequence[TokenLogprob | int], places: Sequence[int], num_top: int
     ) -> dict[str, Any]:
         """`logprobs` of a completion's choice; an id stands for a first prompt token, of which nothing is known.
 
         Args:
-            begin: characters before the first token.
+            places: of each token, characters of the text before it.
+            num_top: most likely tokens to name.
         """
         found: dict[str, list] = {
             "tokens": [],
@@ -91,30 +94,31 @@ class Pieces:
             "top_logprobs": [],
             "text_offset": [],
         }
-        for each in tokens:
+        for each, place in zip(tokens, places, strict=True):
             token, logprob, top = each, None, None
             if isinstance(each, TokenLogprob):
                 token, logprob = each.token, each.logprob
                 # The chosen token is there, whatever its rank: as OpenAI's legacy API has it.
-                pairs = {self(t): value for t, value in each.top[:num_top]}
-                top = pairs | {self(token): logprob} if num_top else None
+                pairs = [*each.top[:num_top], (token, logprob)] if num_top else []
+                # Of tokens that read the same the most likely one counts.
+                top = {self(t): value for t, value in sorted(pairs, key=lambda p: p[1])} or None
             text = self(token)
             found["tokens"].append(text)
             found["token_logprobs"].append(logprob)
             found["top_logprobs"].append(top)
-            found["text_offset"].append(begin)
-            begin += len(text)
+            found["text_offset"].append(place)
         return found
 
 
-def extras(delta: Delta) -> dict[str, Any]:
-    """What a stream's piece says beyond OpenAI's fields: its tokens, which of them were drafted, and the end's
-    statistics.
-    """
-    found: dict[str, Any] = {
-        "token_ids": list(delta.tokens),
-        "drafted": [bool(value) for value in delta.drafted],
-    }
-    if delta.finish_reason is not None:
-        found["speculative_decoding_stats"] = speculation(delta.statistics)
+def ending(delta: Delta) -> dict[str, Any]:
+    """What a choice says at its end beyond OpenAI's fields: statistics, and what cut it short."""
+    found: dict[str, Any] = {"speculative_decoding_stats": speculation(delta.statistics)}
+    if delta.stopped_by is not None:
+        found["stopped_by"] = delta.stopped_by
     return found
+
+
+def extras(delta: Delta) -> dict[str, Any]:
+    """What a stream's piece says beyond OpenAI's fields: its tokens, which of them were drafted, and `ending`."""
+    found = {"token_ids": list(delta.tokens), "drafted": [bool(value) for value in delta.drafted]}
+    return found | (ending(delta) if delta.finish_reason is not None else {})

@@ -18,8 +18,8 @@ class Delta:
         tokens, drafted, logprobs: as in `Event`, up to a stop string.
         prompt_logprobs: on the first one, where asked for.
         finish_reason: "stop" or "length" on the last one.
-        stopped_by: the deadline, where it was that.
-        statistics: so far.
+        stopped_by: "deadline" or "cancelled" (the server ends), where it was that.
+        statistics: so far; `new_tokens` counts those that are handed out here.
     """
 
     text: str = ""
@@ -44,7 +44,7 @@ class Generation:
         request: what to do.
         tokenizer: for the text, or None: tokens only.
         stop: stop strings.
-        ended: called in the event loop once the runner has let go of the request.
+        ended: called in the event loop once the runner is done with the request.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class Generation:
         request: Request,
         tokenizer,
         stop: Sequence[str] = (),
-        *,
         ended: Callable[[], None] = lambda: None,
     ):
         self._runner, self.request = runner, request
@@ -132,8 +131,5 @@ class Generation:
             prompt_logprobs=joined["prompt_logprobs"],
             finish_reason={None: None, "stop": "stop"}.get(reason, "length"),
             stopped_by=reason if reason in ("deadline", "cancelled") else None,
-            # Tokens behind a stop string were made but are not part of the answer.
-            statistics=last.statistics
-            if keep is None
-            else replace(last.statistics, new_tokens=keep),
+            statistics=replace(last.statistics, new_tokens=before + count),
         )

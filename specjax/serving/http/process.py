@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-import signal
+import socket
 import threading
 from typing import Any
 
 import uvicorn
 
+from specjax.errors import ConfigError
 from specjax.serving.http import app, formats
 from specjax.serving.http.endpoints import Service
 from specjax.serving.http.metrics import Metrics
@@ -17,7 +18,7 @@ from specjax.serving.types import Runner
 from specjax.text import tokenizer as tokenizers
 
 _log = logging.getLogger(__name__)
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = ("127.0.0.1", "::1")
 
 
 def service(model: Any, runner: Runner, settings: Settings) -> Service:
@@ -50,24 +51,45 @@ class _Server(uvicorn.Server):
         self._ours.ending.set()
         # In a thread: it waits for requests that the event loop has to serve.
         threading.Thread(target=self._ours.runner.drain, args=(0.0,), daemon=True).start()
-        # Not uvicorn's own: it raises the signal again at the end, and the process dies before the engine is closed.
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
+        super().handle_exit(sig, frame)
+        # An end that was asked for is a good one: uvicorn would raise the signal again, behind it.
+        self._captured_signals.clear()
 
 
-def serve(ours: Service, host: str, port: int) -> BaseException | None:
-    """Serves until the process is told to end or the engine fails; what it failed of.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, on which nothing is listened for yet; port 0: one that is free.
+
+    Raises:
+        ConfigError: the address is not one of this machine, or is taken.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(kind, socket.SOCK_STREAM)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except OSError:
+            found.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"host={host!r}, port={port}: cannot listen there ({error}); choose another --host or --port"
+        ) from error
+    return found
+
+
+def serve(ours: Service, place: socket.socket) -> BaseException | None:
+    """Serves at a bound socket, see `bind`, until the process is told to end or the engine fails; what it failed of.
 
     SIGTERM and SIGINT: nothing new is taken, what runs is finished within `Settings.drain_s`.
     """
+    host = place.getsockname()[0]
     if host not in _LOOPBACK and not ours.settings.api_keys:
-        _log.warning(
-            "%s is open to others and there is no --api_key_file: anybody may use it", host
-        )
+        _log.warning("%s is open to others and there is no API key: anybody may use it", host)
     config = uvicorn.Config(
         app.create(ours),
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(ours.settings.drain_s) + 1,
@@ -82,7 +104,7 @@ def serve(ours: Service, host: str, port: int) -> BaseException | None:
 
     ours.runner.on_failure(fail)
     try:
-        asyncio.run(server.serve())
+        asyncio.run(server.serve([place]))
     finally:
         ours.runner.close()
     return ours.runner.failure

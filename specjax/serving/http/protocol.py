@@ -122,33 +122,40 @@ def parse[Body: BaseModel](body: type[Body], raw: Any) -> Body:
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body must be a JSON object, found {type(raw).__name__}")
     known = body.model_fields
-    for field, neutral in NEUTRAL.items():
-        if field in raw and field not in known and raw[field] not in neutral:
+    # As OpenAI has it: a field that is null is one that is left out.
+    raw = {name: value for name, value in raw.items() if value is not None}
+    for field, neutral in NEUTRAL.items() if issubclass(body, Generation) else ():
+        if field in raw and raw[field] not in neutral:
             raise ApiError(
                 400,
                 f"{field}={_short(raw[field])} is not supported by this server; leave it out",
                 param=field,
                 code="unsupported_parameter",
             )
-    left_out = {*IGNORED, *NEUTRAL} - set(known)
+    left_out = {*IGNORED, *NEUTRAL} if issubclass(body, Generation) else set()
+    given = {name: value for name, value in raw.items() if name not in left_out}
+    for name in given:
+        if name not in known:
+            message = f"{_short(name)} is not known here; supported are {', '.join(known)}"
+            raise ApiError(400, message, param=name, code="unknown_parameter")
     try:
-        return body.model_validate({k: v for k, v in raw.items() if k not in left_out})
+        found = body.model_validate(given)
     except ValidationError as error:
-        raise _refusal(error, known) from None
+        raise _refusal(error) from None
+    if isinstance(found, Generation) and found.stream_options is not None and not found.stream:
+        raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+    return found
 
 
-def _refusal(error: ValidationError, known) -> ApiError:
-    first = error.errors()[0]
+def _refusal(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "body"
     if first["type"] == "extra_forbidden":
-        message = f"{field} is not known here; supported are {', '.join(known)}"
-        return ApiError(400, message, param=field, code="unknown_parameter")
+        return ApiError(400, f"{field} is not known here", param=field, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{field} is missing", param=field, code="missing_required_parameter")
-    # The place is empty where the body as a whole is wrong: a field's name that is not Unicode.
-    param = str(first["loc"][0]) if first["loc"] else None
     message = f"{field}={_short(first['input'])}: {first['msg']}"
-    return ApiError(400, message, param=param, code="invalid_value")
+    return ApiError(400, message, param=str(first["loc"][0]), code="invalid_value")
 
 
 def _short(value: Any) -> str:

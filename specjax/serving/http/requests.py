@@ -13,7 +13,6 @@ from specjax.text import transcript
 from specjax.text.tokenizer import Tokenizer
 
 _MOST_STOPS = 16
-_MOST_DIGITS = 18
 
 
 class Prompts:
@@ -151,10 +150,11 @@ class Prompts:
     def _sampling(self, body: Generation) -> SamplingParams:
         bias = {}
         for token, value in (body.logit_bias or {}).items():
-            # Python refuses to read numbers of thousands of digits; no vocabulary needs more than these.
-            if not (token.isascii() and token.isdecimal() and len(token) <= _MOST_DIGITS):
+            if not (token.isascii() and token.isdecimal() and len(token) < 10):
                 raise ApiError(
-                    400, f"logit_bias has the key {token[:40]!r}: a token id", param="logit_bias"
+                    400,
+                    f"logit_bias has the key {token[:40]!r}; supported are token ids",
+                    param="logit_bias",
                 )
             bias[int(token)] = value
         given = {
