@@ -118,8 +118,8 @@ def post(ours, body, path="/v1/completions"):
     [
         (b'{"prompt":"a","\\ud800":1}', "ud800"),
         ({"prompt": [10**13]}, "prompt has"),
-        ({"prompt": [-1]}, "prompt has -1"),
-        ({"prompt": [[5], [300]]}, "prompt has 300"),
+        ({"prompt": [-1]}, "prompt has the token -1"),
+        ({"prompt": [[5], [300]]}, "prompt has the token 300"),
         ({"prompt": "a", "logit_bias": {DIGITS: 1}}, "logit_bias"),
         ({"prompt": "a", "temperature": "0.5"}, "temperature"),
         ({"prompt": "a", "top_p": True}, "top_p"),
