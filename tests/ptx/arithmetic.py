@@ -1,9 +1,19 @@
 """Instructions that map numbers to numbers, thread by thread."""
 
+import inspect
+
 import numpy as np
 
 from tests.ptx import values
 from tests.ptx.faults import Unsupported
+
+
+def _arity(function, given: int) -> int:
+    """Numbers that a function takes; those that count as many as they get are trusted."""
+    if isinstance(function, np.ufunc):
+        return function.nin
+    named = inspect.signature(function).parameters.values()
+    return given if any(each.kind is each.VAR_POSITIONAL for each in named) else len(named)
 
 
 def elementwise(function, kind: str, sources: tuple[str, ...] = (), result: str = ""):
@@ -11,7 +21,7 @@ def elementwise(function, kind: str, sources: tuple[str, ...] = (), result: str 
 
     def build(ins):
         kinds = sources or (kind,) * (len(ins.operands) - 1)
-        if len(kinds) != len(ins.operands) - 1:
+        if len(kinds) != len(ins.operands) - 1 or len(kinds) != _arity(function, len(kinds)):
             raise Unsupported(f"{ins.opcode} with {len(ins.operands)} operands")
         numbers = [ins.number(place + 1, each) for place, each in enumerate(kinds)]
         put = ins.put(0, result or kind)

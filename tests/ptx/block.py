@@ -14,7 +14,6 @@ from tests.ptx.order import Order
 from tests.ptx.schedule import Conditions
 
 READY, WAITING, PARKED, DONE = range(4)
-_MAX_STEPS = 3_000_000
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,16 @@ class Step:
         run: (block, threads, index) -> None to go on behind it, True if it has placed the threads itself.
         unit: threads that execute it together: 1, a warp of 32 or a warpgroup of 128.
         text: the statement.
+        registers: that it names.
+        guard, negated: predicate of the threads that execute it; None: all do.
     """
 
     run: Callable
     unit: int
     text: str
+    registers: tuple[str, ...] = ()
+    guard: str | None = None
+    negated: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Block:
         self.under_way: list[Callable[[], None]] = []
         self.leader, self.late = conditions.schedule.leader, conditions.late
         self.quota = np.full(max(1, threads // 128), -(-launch.registers // 8) * 8)
-        self.spare, self.steps = 0, 0
+        self.spare, self.steps, self.limit = 0, 0, 0
+        self.trace: dict[int, list] | None = None
 
     def run(self, code: list[Step]) -> None:
         """Runs to the end.
@@ -108,14 +113,20 @@ class Block:
                 if not len(threads):
                     return
             self.steps += 1
-            if self.steps > _MAX_STEPS:
-                raise Fault(f"does not end: {_MAX_STEPS} steps")
+            if self.steps > self.limit:
+                raise Fault(f"does not end: {self.limit} steps")
             first, last = int(threads[0]), int(threads[-1]) + 1
             where = slice(first, last) if last - first == len(threads) else threads
             try:
                 placed = step.run(self, where, index)
             except Fault as fault:
                 raise Fault(f"{fault} [{step.text}]") from None
+            if self.trace is not None:
+                seen = self.threads[where]
+                if step.guard:
+                    seen = seen[self.registers[step.guard][where] != step.negated]
+                left = [self.registers[name][seen].tobytes() for name in step.registers]
+                self.trace.setdefault(index, []).append(hash(tuple(left)))
             if placed:
                 return
             index += 1

@@ -14,7 +14,7 @@ from specjax.pallas.matmul.plan import Config
 from specjax.pallas.tree_attention import mosaic as attention_mosaic
 from specjax.quant.scheme import lookup
 from tests.pallas import test_glue, test_matmul_mosaic, test_tree_attention
-from tests.ptx import kernel
+from tests.ptx import kernel, machine, mutate, program
 from tests.quant import random_linears as draw
 
 Case = tuple[str, Callable[[], None]]
@@ -131,8 +131,32 @@ def on_ptx() -> None:
     test_tree_attention.interpreted = attention
 
 
-def run(compiler: Compiler, only: str = "") -> list[dict]:
-    """Entry for `specjax.aot.compile.in_process`: a row per case."""
+# The emulator's own test is on these: one of each way to copy, widen, multiply and store.
+_MUTATED = (
+    *("w4a16 g128 ring of 3", "w4a16 zeros g64 K=576", "w4a8 qqq g128", "w8a8 per channel"),
+    *("attention 1 node, nothing before", "residual_norm 1 row", "move_rows at the last slot"),
+)
+
+
+def _mutate(launch: kernel.Emulated, row: dict, mutations: int, seed: int) -> None:
+    begin = time.perf_counter()
+    outcomes, survivors = mutate.survey(launch, mutations, seed)
+    row["mutations"], row["mutation_seconds"] = (
+        dict(outcomes),
+        round(time.perf_counter() - begin, 1),
+    )
+    if survivors:
+        row["error"] = f"mutations survived: {'; '.join(survivors)}"[:600]
+
+
+def run(compiler: Compiler, only: str = "", mutations: int = 0, seed: int = 0) -> list[dict]:
+    """Entry for `specjax.aot.compile.in_process`: a row per case.
+
+    Args:
+        only: part of the names of cases.
+        mutations: faults of each kind to put into the kernels of some cases.
+        seed: of these.
+    """
     on_ptx()
     arch, rows = compiler.target.arch, []
     with kernel.Emulator(compiler).installed() as emulator, device.targeting(compiler.target):
@@ -146,6 +170,12 @@ def run(compiler: Compiler, only: str = "") -> list[dict]:
                 try:
                     check()
                     assert emulator.launches, "nothing ran"
+                    row["matrix"] = sum(
+                        machine.check(program.parse(each.text), each.cubin)
+                        for each in emulator.launches
+                    )
+                    if mutations and name in _MUTATED:
+                        _mutate(emulator.launches[0], row, mutations, seed)
                 except Exception as error:
                     traceback.print_exc()
                     row["error"] = f"{type(error).__name__}: {error}"[:600]

@@ -128,7 +128,10 @@ def _step(program: Program, statement: Statement, products: frozenset[str]) -> S
         if entry.unit > 1:
             raise Unsupported(f"a predicate on {statement.opcode}")
         run = _guarded(run, statement)
-    return Step(run, entry.unit, str(statement))
+    named = re.findall(r"[%\w$@]+", f"{statement.guard} " + " ".join(statement.operands))
+    registers = tuple(name for name in named if name in program.registers)
+    guard = None if entry.guarded else statement.guard
+    return Step(run, entry.unit, str(statement), registers, guard, statement.negated)
 
 
 def _guarded(run: Callable, statement: Statement) -> Callable:

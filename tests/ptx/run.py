@@ -10,9 +10,19 @@ from tests.ptx.schedule import Conditions
 
 
 def launch(
-    program: Program, grid: Launch, buffers: list[np.ndarray], conditions: Conditions
+    program: Program,
+    grid: Launch,
+    buffers: list[np.ndarray],
+    conditions: Conditions,
+    *,
+    limit: int = 3_000_000,
+    trace: dict[int, list] | None = None,
 ) -> list[np.ndarray]:
     """Copies of the buffers (bytes) as all blocks have left them.
+
+    Args:
+        limit: steps of a block.
+        trace: gets, for every statement, what it left in its registers each time it ran.
 
     Raises:
         Fault: something that a GPU forbids.
@@ -23,5 +33,7 @@ def launch(
     with np.errstate(all="ignore"):
         for number in range(x * y * z):
             place = number % x, number // x % y, number // (x * y)
-            Block(program, grid, place, memory, conditions).run(code)
+            block = Block(program, grid, place, memory, conditions)
+            block.limit, block.trace = limit, trace
+            block.run(code)
     return memory.buffers

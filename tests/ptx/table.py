@@ -172,6 +172,7 @@ TABLE: dict[str, Entry] = {
     # Control
     r"bra(?:\.uni)?": Entry(control.branch, guarded=True),
     r"brx\.idx": Entry(control.indexed_branch),
+    r"nop": Entry(control.nothing),
     r"ret": Entry(control.leave, guarded=True),
     r"elect\.sync": Entry(control.elect, 32),
     r"shfl\.sync\.(idx|bfly|up|down)\.b32": Entry(control.shuffle, 32),
