@@ -95,10 +95,12 @@ def main(values: flags.FlagValues) -> None:
         raise ConfigError(
             "--isolate_keys keeps keys apart, and there are none: give --api_key_file"
         )
-    spec = _spec(values)
+    spec = drafter_spec(values)
     place = process.bind(values.host, values.port)
     model = flags_model.load_model(values, [spec])
-    runner = EngineRunner(_engine(values, model, spec), vocab_size=model.config.vocab_size)
+    runner = EngineRunner(
+        engine(values, model, spec, capacity(values, model)), vocab_size=model.config.vocab_size
+    )
     print(f"{values.model}: loaded; compiling what it will need", file=sys.stderr)
     runner.start()
     runner.wait_ready()
@@ -109,8 +111,13 @@ def main(values: flags.FlagValues) -> None:
         raise SystemExit(f"the engine failed: {type(failure).__name__}: {failure}")
 
 
-def _engine(values: flags.FlagValues, model, spec) -> SlotEngine:
-    longest = values.max_model_len or min(model.config.max_position_embeddings, _DEFAULT_LENGTH)
+def capacity(values: flags.FlagValues, model) -> int:
+    """Most tokens of a text."""
+    return values.max_model_len or min(model.config.max_position_embeddings, _DEFAULT_LENGTH)
+
+
+def engine(values: flags.FlagValues, model, spec, longest: int) -> SlotEngine:
+    """Slots of `longest` tokens, as the flags say."""
     options = SlotOptions(
         num_slots=values.max_num_seqs,
         max_model_len=longest,
@@ -122,7 +129,8 @@ def _engine(values: flags.FlagValues, model, spec) -> SlotEngine:
     return SlotEngine(model.module, model.drafter(spec), options, values.command_buffers)
 
 
-def _spec(values: flags.FlagValues) -> dict:
+def drafter_spec(values: flags.FlagValues) -> dict:
+    """The drafter of either flag."""
     if values.speculative_config is None:
         return flags_drafter.spec(values)
     if values["drafter"].present:

@@ -5,6 +5,7 @@ date, with --write it renews them.
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from specjax.drafters import head, registry
 from specjax.errors import ConfigError
 from specjax.pallas import dispatch
 from specjax.quant.scheme import SCHEMES, Scheme
+from specjax.serving.http import protocol
 from tests import paths
 
 _MARKED = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.S)
@@ -64,6 +66,38 @@ def architectures() -> str:
         for found in ARCHITECTURES.values()
     ]
     return _table(("`architectures` (or `model_type`) of config.json", "note"), rows)
+
+
+def served_fields() -> str:
+    """Every field of a request that the server knows: honoured with its range, ignored, or refused by name."""
+    chat, completion = (m.model_fields for m in (protocol.Chat, protocol.Completion))
+    rows = []
+    for name in dict.fromkeys([*chat, *completion]):
+        where = [k for k, v in (("chat", chat), ("completions", completion)) if name in v]
+        found = chat.get(name) or completion[name]
+        schema = (protocol.Chat if name in chat else protocol.Completion).model_json_schema()
+        range_ = _range(schema["properties"][name])
+        default = "needed" if found.is_required() else found.default
+        default = "-" if default is None else default if found.is_required() else f"`{default}`"
+        rows.append((f"`{name}`", ", ".join(where), f"honoured{range_}", default))
+    both = "chat, completions"
+    rows += [(f"`{name}`", both, "ignored", "-") for name in protocol.IGNORED]
+    for name, neutral in protocol.NEUTRAL.items():
+        values = [f"`{json.dumps(value)}`" for value in neutral if value is not None]
+        but = f", {', '.join(values)} apart" if values else ""
+        rows.append((f"`{name}`", both, f"refused{but}", "-"))
+    return _table(("field", "endpoint", "what happens", "default"), rows)
+
+
+def _range(schema: dict) -> str:
+    """The bounds of a field, as the schema of its body states them."""
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    parts = [schema, *schema.get("anyOf", ())]
+    found = [
+        f"{sign} {part[key]:g}" for part in parts for key, sign in signs.items() if key in part
+    ]
+    found += [" or ".join(f"`{v}`" for v in part["enum"]) for part in parts if "enum" in part]
+    return f": {', '.join(found)}" if found else ""
 
 
 def checkpoint_formats() -> str:
@@ -172,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "checkpoint_formats": checkpoint_formats,
     "schemes": schemes,
+    "served_fields": served_fields,
     "drafters": drafters,
     "heads": heads,
     "drafter_flags": drafter_flags,

@@ -11,7 +11,7 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 # What changes nothing about the text, so that it may be left unread.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "parallel_tool_calls", "verbosity"),
+    *("prompt_cache_retention", "parallel_tool_calls"),
 )
 # What would change it and is not supported: the field, and the values at which it asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -24,6 +24,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "suffix": (None, ""),
     "best_of": (None, 1),
