@@ -18,6 +18,12 @@ def buffer_address(number: int) -> int:
     return (number + 1) << _BUFFER_BITS
 
 
+def _check_kept(kept: np.ndarray, data: np.ndarray) -> None:
+    """Which thread's value stays is undefined; where all are the same it does not matter."""
+    if (kept != data).any():
+        raise Fault("threads store different values to one place at once")
+
+
 class Global:
     """Buffers of bytes."""
 
@@ -46,6 +52,7 @@ class Global:
         size = data.shape[1]
         buffer, places = self._places(addresses, size, align, "store to global memory")
         buffer[places] = data
+        _check_kept(buffer[places], data)
 
 
 class Shared:
@@ -89,6 +96,7 @@ class Shared:
         units = places[:, ::_UNIT] // _UNIT
         self._check_writes(warps, units, "store")
         self.content[places] = data
+        _check_kept(self.content[places], data)
         column = np.broadcast_to(warps[:, None], units.shape)
         self._written[units], self._writer[units] = True, column
         self._wrote[units] = self.order.known[warps, warps][:, None]

@@ -93,7 +93,7 @@ def _changed(text: str, rng) -> str:
     if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+", text):
         value = int(text, 0)
         return str(value + int(rng.choice((-1, 1))) if value > 0 else value + 1)
-    return "1"  # a register: the coordinate of another box
+    return f"{text}+1"  # a register: the coordinate of the next box, see `tensors`
 
 
 def outcome(emulated: Emulated, program: Program, mutation: Mutation, baseline) -> str:

@@ -88,7 +88,10 @@ def _box(ins, place: int):
     text = ins.operands[place].strip("[] ")
     name, _, inside = text.partition(",")
     pointer = ins.reader(name.strip(), "u64")
-    numbers = [ins.reader(part.strip(), "s32") for part in inside.strip(" {}").split(",")]
+    parts = [part.strip() for part in inside.strip(" {}").split(",")]
+    # PTX has no sums there: they are how `mutate` asks for a wrong box.
+    numbers = [ins.reader(part.removesuffix("+1"), "s32") for part in parts]
+    wrong = [int(part.endswith("+1")) for part in parts]
 
     def read(block, one):
         offset = int(pointer(block, one)[0]) - PARAMETER_BASE
@@ -98,7 +101,8 @@ def _box(ins, place: int):
         if not isinstance(maps, list) or offset % MAP_BYTES or offset // MAP_BYTES >= len(maps):
             raise Fault("the copy's first operand is no tensor map")
         tensor_map = maps[offset // MAP_BYTES]
-        corner = [int(number(block, one)[0]) for number in numbers][::-1]
+        corner = [int(number(block, one)[0]) for number in numbers]
+        corner = [place + more for place, more in zip(corner, wrong, strict=True)][::-1]
         if len(corner) != len(tensor_map.box):
             raise Fault(f"{len(corner)} coordinates for {len(tensor_map.box)} axes")
         return tensor_map, corner

@@ -79,6 +79,7 @@ def test_instructions(body, wanted):
     [
         ("st.shared.b32 [%r4], %r1; xor.b32 %r5, %r4, 128; ld.shared.b32 %r9, [%r5];", "race|nothing"),
         ("ld.shared.b32 %r9, [%r4];", "nothing wrote"),
+        ("st.shared.b32 [smem], %r1;", "different values"),
         ("ld.shared.b32 %r9, [%r4+2];", "misaligned"),
         ("ld.shared.b32 %r9, [%r4+4096];", "out of bounds"),
         ("ld.global.b32 %r9, [%rd3+4];", "out of bounds"),
