@@ -29,7 +29,7 @@ help:
 	@echo "make test-full  all tests, slow ones too; an interrupted run goes on where it stopped"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU (GPU_PYTHON=python3: offline, with that interpreter)"
 	@echo "make aot        a virtual environment that compiles for NVIDIA GPUs on a machine without one (experiments.aot_compile)"
-	@echo "make aot-check  compile the kernels for sm_80 and sm_90: no spill, no missing matrix instruction"
+	@echo "make aot-check  compile the kernels for sm_80 and sm_90: no spill, no missing matrix instruction; run their PTX in an emulator"
 	@echo "make lint       ruff: rules and format (make format: apply them)"
 
 demo: $(INSTALLED)
@@ -90,6 +90,7 @@ aot-check: $(AOT_INSTALLED)
 	@rm -rf $(RESULTS)/aot
 	$(AOT_PYTHON) -m experiments.aot_compile --kernels_only --target=h200,a100 --model_shape=llama3-8b --only=llama3-8b/o \
 	  --m=8 --output=$(RESULTS)/aot
+	$(AOT_PYTHON) -m tests.ptx.check --target=h200,a100 --output=$(RESULTS)/ptx
 
 clean:
 	rm -rf .venv .venv-jax-* .venv-aot $(RESULTS) build *.egg-info .pytest_cache .ruff_cache .hypothesis

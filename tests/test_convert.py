@@ -63,7 +63,7 @@ CASES = {
     "dense": ("--format=dense --rotate", "dense"),
 }
 # What these write is written, read and compared in the tests of their formats, too.
-SLOW = ("gptq asym", "qqq", "w4a4", "fp4")
+SLOW = ("gptq asym", "qqq", "qoq", "w4a4", "fp4")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ REFUSALS = [
     ("--scheme=w4a16 --method=gptq", "method='gptq' needs calibration_file"),
     ("--scheme=w4a8-qqq --format=gptq", "w4a8-qqq does not fit format gptq"),
     ("--scheme=w4a4 --rotate --format=gptq", "w4a4"),
-    ("--method=gptq", "method and group_size quantize: say to which scheme"),
+    ("--method=gptq", "method, group_size and head_scheme quantize: say to which scheme"),
     ("--dtype=int8", "dtype='int8' is unknown"),
     ("--scheme=w8a8 --method=smoothquant --calibration_file=/none.txt", "no such file"),
     ("--format=gptq", "the model has none"),

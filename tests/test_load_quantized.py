@@ -80,7 +80,9 @@ def test_tied_heads_become_their_own_and_heads_take_8_bits_only():
         specjax.load(paths.require("architectures/qwen3-tied"), head_scheme="w4a16")
 
 
-@pytest.mark.parametrize("format", ["specjax", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "format", [pytest.param("specjax", marks=pytest.mark.slow), "compressed-tensors"]
+)
 def test_convert_writes_a_rounded_head(tmp_path, format):
     source = paths.require("architectures/qwen3-tied")
     specjax.convert(source, tmp_path / "a", format=format, scheme="w8a8", head_scheme="w8a8")

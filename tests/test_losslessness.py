@@ -112,7 +112,8 @@ PRODUCT = [(name, batch) for name in CASES for batch in (1, 4)]
 # The fast cover: everything in batches, where refilling happens; alone what has a path of its own there.
 FAST = {(name, 4) for name in CASES}
 FAST -= {
-    (name, 4) for name in ("eagle-d6k10n60", "eagle-d5k1n6", "eagle3", "codes-none", "lm-other")
+    (name, 4)
+    for name in ("eagle-d6k10n60", "eagle-d5k1n6", "eagle3", "codes-none", "lm-other", "lm-same")
 }
 FAST |= {(name, 1) for name in ("ngram", "eagle-d6k10n60", "planned-tree")}
 

@@ -71,7 +71,6 @@ COVER += [
     ("medusa", "w4a8-qqq"),
     ("head", "w4a16"),
     ("block", "w8a8"),
-    ("pard", "w4a8"),
     ("merge", "w4a16"),
     ("suffix", "w8a8"),
 ]

@@ -146,7 +146,8 @@ def test_flags_are_defined_in_experiments_only():
         if any(defining.match(name) for name in attributes(path))
     }
     assert found, "the binaries define flags"
-    assert all(name.startswith("experiments/") for name in found)
+    binaries = {"tests/ptx/check.py"}  # a tool of this repository with a command line of its own
+    assert all(name.startswith("experiments/") for name in found - binaries)
 
 
 def test_no_num_programs():

@@ -128,8 +128,8 @@ def needs_codes(spec: Spec) -> bool:
         spec = parse(spec)
     if not isinstance(spec, dict):
         return False
-    inner = [s for name, value in spec.items() for s in _inner(name, value)]
-    if any(needs_codes(s) for s in inner):
+    # The target of a hierarchical drafter's inner one is the model in the middle.
+    if any(needs_codes(other) for other in spec.get("of", ())):
         return True
     reads_codes = getattr(_module(spec["kind"]), "reads_codes", None)
     return reads_codes is not None and reads_codes(spec)

@@ -142,6 +142,8 @@ class EngineRunner:
     def close(self) -> None:
         with self._lock:
             self._draining = True
+        if self._thread.ident is None:  # never started: nobody else would end what was submitted
+            self._end_all("cancelled", None)
         self._inbox.put(_CLOSE)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -275,6 +277,7 @@ class EngineRunner:
         if job.histogram:
             self._histogram += job.histogram
         self._tell(job, event)
+        self._publish()  # before `drain` hears of it, whose caller may read the counters
         with self._lock:
             self._known.discard(job.request.request_id)
             self._lock.notify_all()

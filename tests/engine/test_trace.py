@@ -40,7 +40,9 @@ def results(name: str):
         )
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "eagle" else n for n in DRAFTERS]
+)
 def test_steps_add_up_to_the_output(name):
     for result in results(name):
         metrics = result.metrics

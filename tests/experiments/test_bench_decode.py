@@ -51,6 +51,7 @@ def test_rows_and_table(run, tiny, prompts, tmp_path):
     assert len(output.read_text().splitlines()) == 2 * len(rows)
 
 
+@pytest.mark.slow
 def test_specs_from_a_file_and_the_roofline(run, tiny, prompts, tmp_path):
     specs = tmp_path / "specs.json"
     specs.write_text(json.dumps(["none", {"kind": "ngram", "draft_depth": 2}]))

@@ -29,6 +29,7 @@ def run(arguments) -> None:
         bench_pairs.main(common.parse(bench_pairs.define_flags, arguments))
 
 
+@pytest.mark.slow
 def test_all_methods_are_measured(arguments, tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
     run([*arguments, "--draft_quantization=int4", "--trace", f"--output={output}"])

@@ -200,6 +200,12 @@ def test_refusals():
     assert "float32" in mosaic.refuses(whole, keys, values, **given)
     assert "head_dim 8" in mosaic.refuses(q[..., :8], keys[..., :8], values[..., :8], **given)
     assert "24 slots" in mosaic.refuses(q, keys[:, :, :24], values[:, :, :24], **given)
+    for gpu, reason in ((H200, "32 slots; a multiple of 64"), (A100, None)):
+        with device.targeting(gpu):
+            refused = mosaic.refuses(q, keys, values, **given)
+            assert reason in refused if reason else refused is None
+            whole = jnp.concatenate([keys, keys], axis=2)
+            assert mosaic.refuses(q, whole, whole, **given) is None
     wide = given | {"tail": jnp.zeros((1, 4, 129), bool)}
     assert "129" in mosaic.refuses(q, keys, values, **wide)
     other = device.Gpu(kind="RTX 5090", arch=(12, 0), num_sms=170, shared_memory=101376)

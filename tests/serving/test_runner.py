@@ -299,6 +299,15 @@ def test_a_runner_that_drains_finishes_what_it_has_and_takes_no_more(shared):
     assert shared.stats().finished["length"] > 0
 
 
+def test_a_runner_that_never_started_ends_its_requests_when_it_closes():
+    engine = SlotEngine(target(), Ngram(draft_depth=3), SlotOptions(max_model_len=64, **SIZES))
+    runner = EngineRunner(engine, vocab_size=32)
+    found = ask(runner, "early", (1, 2), 2)
+    runner.close()
+    assert [event.finish_reason for event in found.events] == ["cancelled"]
+    assert runner.drain(0) and runner.stats().waiting == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.DRAFTERS)
 def test_twelve_requests_on_three_slots_for_every_drafter(name):

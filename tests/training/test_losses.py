@@ -42,7 +42,9 @@ def _heads():
     yield target, initial.eagle3_head(target, jax.random.key(3), ids)
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["eagle", "eagle3"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(0, marks=pytest.mark.slow, id="eagle"), pytest.param(1, id="eagle3")]
+)
 def test_every_step_equals_drafting(kind):
     """Row t of step s: true pairs up to t - s, then one drafted token after the other."""
     target, head = list(_heads())[kind]

@@ -32,8 +32,11 @@ def refuses_cache(keys, tail) -> str | None:
     """Why the kernels cannot read this cache or mask, or None."""
     if keys.shape[-1] not in (64, 128):
         return f"head_dim {keys.shape[-1]}; 64 and 128 are supported"
-    if keys.shape[2] % 16:
-        return f"a cache of {keys.shape[2]} slots; a multiple of 16 is needed"
+    gpu = device.current()
+    # wgmma takes the weights of no fewer slots from registers.
+    unit = 64 if gpu is not None and gpu.arch >= (9, 0) else 16
+    if keys.shape[2] % unit:
+        return f"a cache of {keys.shape[2]} slots; a multiple of {unit} is needed"
     if tail is not None and tail.shape[-1] > WORD * configs.MAX_WORDS:
         return f"a tail of {tail.shape[-1]} slots; {WORD * configs.MAX_WORDS} are supported"
     return None

@@ -67,6 +67,7 @@ class Prompts:
 
     def _ids(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str):
+            # Before a tokenizer sees them: it cannot take numbers of any size.
             size = self.limits.vocab_size
             wrong = next((token for token in prompt if not 0 <= token < size), None)
             if wrong is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from specjax.errors import ConfigError
 from specjax.serving.http.errors import ApiError
 
 
@@ -34,6 +35,11 @@ class Settings:
     send_timeout_s: float = 30.0
     drain_s: float = 60.0
     default_temperature: float = 1.0
+
+    def __post_init__(self):
+        if not all(key.strip() for key in self.api_keys):
+            # It would let in whoever sends none, as when a shell's variable was not set.
+            raise ConfigError("api_key is empty: give a key, or leave the option out")
 
     @property
     def names(self) -> tuple[str, ...]:
