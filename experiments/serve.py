@@ -121,7 +121,7 @@ def engine(values: flags.FlagValues, model, spec, longest: int) -> SlotEngine:
     options = SlotOptions(
         num_slots=values.max_num_seqs,
         max_model_len=longest,
-        widths=tuple(sorted({min(width, longest) for width in (32, 256)})),
+        widths=tuple(sorted({min(width, longest) for width in (32, 64, 256)})),
         acceptance=values.acceptance,
         max_logprobs=None if values.max_logprobs < 0 else values.max_logprobs,
         prompt_logprobs=values.max_logprobs >= 0,

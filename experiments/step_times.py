@@ -132,7 +132,7 @@ def prefilled(module, drafter, prompt: list[int], batch: int, num_nodes: int) ->
     """State of a batch after the same prompt, with room for trees of `num_nodes` nodes."""
     room = max(num_nodes, drafter.max_depth + 1 + drafter.scratch)
     width = engine.bucket(len(prompt))
-    state = decode.init_state(module, drafter, batch, engine.bucket(width + room + 16), 16)
+    state = decode.init_state(module, drafter, batch, engine.cache_slots(width + room + 16), 16)
     tokens = np.zeros((batch, width + 1), np.int32)
     tokens[:, : len(prompt)] = prompt
     chunk = Chunk(

@@ -26,11 +26,12 @@ from specjax.engine.metrics import Metrics
 from specjax.engine.program import CommandBuffers, Program
 from specjax.errors import CapacityError
 from specjax.models.llama import Llama
-from specjax.pallas import dispatch
+from specjax.pallas import device, dispatch
 from specjax.verify.base import Acceptor
 
 MAX_CHUNK = 256  # prompt tokens per prefill pass; bounds the activations of long prompts
 _MIN_BUCKET = 16
+_BLOCK = 64  # slots that attention on Hopper reads at once
 STEPS_PER_LOOK = (
     16  # decode steps between two looks at the outputs, where something has to be watched
 )
@@ -88,6 +89,12 @@ def bucket(size: int) -> int:
             return power * 3 // 2
         power *= 2
     return power
+
+
+def cache_slots(size: int) -> int:
+    """Slots of a cache that holds `size`: a bucket, on GPUs of whole blocks, since kernels read no other caches."""
+    block = 1 if device.current() is None else _BLOCK
+    return -(-bucket(size) // block) * block
 
 
 @dataclass(kw_only=True)
@@ -184,7 +191,7 @@ class Engine:
         room = self.drafter.max_depth + 1 + target_pass.padded_nodes(self.drafter.scratch)
         # Of the buckets, not of the lengths themselves: prompts of one bucket must find the same shapes.
         longest = max(_padded(len(r.input_ids)) for r in requests) + new_tokens + room
-        return bucket(longest), new_tokens
+        return cache_slots(longest), new_tokens
 
     def run(
         self,

@@ -13,7 +13,7 @@ from specjax.decoding import target as target_pass
 from specjax.drafters.base import Chunk, Drafter
 from specjax.engine import rows as requests
 from specjax.engine import slots
-from specjax.engine.engine import bucket
+from specjax.engine.engine import cache_slots
 from specjax.engine.program import Bound, CommandBuffers
 from specjax.engine.slots import Piece, Prompt
 from specjax.engine.window import LogProbs
@@ -91,7 +91,7 @@ class SlotEngine:
         vocab = target.config.vocab_size
         self._row_sizes = vocab, options.max_stop_ids, options.max_biased
         room = drafter.max_depth + 1 + target_pass.padded_nodes(drafter.scratch)
-        self.capacity = bucket(options.max_model_len + max(room, options.widths[-1]))
+        self.capacity = cache_slots(options.max_model_len + max(room, options.widths[-1]))
         self.path_rows = drafter.max_depth + 1
 
         def bound(function, fixed=(), **names):

@@ -12,10 +12,12 @@ from specjax.drafters.lm import LM
 from specjax.drafters.none import NoDraft
 from specjax.engine import decode as decoding
 from specjax.engine import engine as engines
-from specjax.engine.engine import Completion, Programs, Progress, Request, bucket
+from specjax.engine.engine import Completion, Programs, Progress, Request, bucket, cache_slots
 from specjax.engine.metrics import Metrics
 from specjax.engine.program import Program
 from specjax.errors import CapacityError
+from specjax.pallas import device
+from specjax.pallas.matmul import tiles
 from tests import planned, tiny
 
 CONFIG = tiny.config(vocab_size=64, num_layers=1, max_position_embeddings=400)
@@ -88,6 +90,19 @@ class Counting:
 def test_buckets(size, expected):
     assert bucket(size) == expected
     assert bucket(expected) == expected
+
+
+def test_caches_on_gpus_are_of_whole_blocks():
+    assert cache_slots(30) == 32
+    with device.targeting(tiles.typical((9, 0))):
+        assert [cache_slots(size) for size in (1, 30, 64, 65, 90, 130)] == [
+            64,
+            64,
+            64,
+            128,
+            128,
+            192,
+        ]
 
 
 def test_nothing_is_compiled_again_within_a_bucket():
