@@ -91,6 +91,7 @@ def test_smollm2_two_rows(drafter):
         check(shortest(2), drafter, new_tokens=20)
 
 
+@pytest.mark.slow
 def test_the_head_that_ships():
     smollm2()
     with tiny.hurried_compiler():

@@ -17,6 +17,11 @@ from specjax.quantize import recipe
 from tests import paths, tiny
 
 
+@pytest.fixture(autouse=True)
+def hurry(hurried):
+    """What is computed matters here, to a few decimals."""
+
+
 @functools.cache
 def model(quantize: str | None = None):
     return specjax.load(

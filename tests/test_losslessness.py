@@ -115,7 +115,7 @@ FAST -= {
     (name, 4)
     for name in ("eagle-d6k10n60", "eagle-d5k1n6", "eagle3", "codes-none", "lm-other", "lm-same")
 }
-FAST |= {(name, 1) for name in ("ngram", "eagle-d6k10n60", "planned-tree")}
+FAST |= {(name, 1) for name in ("ngram", "planned-tree")}
 
 
 def occurred(histogram: np.ndarray) -> set[str]:

@@ -110,7 +110,7 @@ def drafter(name: str, target):
     }[name]
 
 
-FAST = [("none", 1), ("ngram", 1), ("eagle-60", 1), ("none", 4)]
+FAST = [("none", 1), ("eagle-60", 1), ("none", 4)]
 PRODUCT = [
     (name, b) for name in ("none", "ngram", "self", "lm", "eagle-12", "eagle-60") for b in (1, 4)
 ]
@@ -160,6 +160,7 @@ def abstract(drafter, target, batch: int = 1):
     return state, compiled
 
 
+@pytest.mark.slow
 def test_self_speculation_takes_no_memory():
     """Drafting under another scheme reads the same codes and the same cache: at most 1 % more arguments."""
 

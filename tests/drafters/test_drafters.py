@@ -165,7 +165,7 @@ def walk(name: str) -> list[decoding.DecodeState]:
 
 
 # What holds no state of its own, and what another one stands for, runs with the slow tests.
-SLOW = ("self", "eagle3", "eagle-reduced", "head", "one-pass", "pard", "suffix", "nested")
+SLOW = ("self", "eagle3", "eagle-reduced", "head", "one-pass", "pard", "suffix", "merge", "nested")
 BEHAVIOURS = [
     pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
     for name in DRAFTERS

@@ -65,7 +65,8 @@ def test_kernel_and_reference_agree_on_shapes(op, small, monkeypatch):
             assert (kernel.shape, kernel.dtype) == (reference.shape, reference.dtype), request
 
 
-@pytest.mark.parametrize("op", ["matmul_w4a8", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["matmul_w4a8", None])
 def test_every_row_is_there_correct_and_timed(op, stand_in, instant, tmp_path):
     """All variants of an op, or all that the default flags ask for; --m and --contexts only for less work."""
     output = tmp_path / "rows.jsonl"

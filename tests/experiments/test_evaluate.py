@@ -96,6 +96,7 @@ def test_rows_have_the_fields_of_the_reference(run, arguments, tmp_path):
     assert "3 questions" in printed and "acceptance length" in printed
 
 
+@pytest.mark.slow
 def test_drafters_and_batches_answer_alike(run, arguments, tmp_path):
     found = {}
     for name, more in (

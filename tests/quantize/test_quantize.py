@@ -37,7 +37,7 @@ def codes(model):
         ("w8a8", "smoothquant", -1, 0.05),
         ("w4a16", "gptq", 32, 0.25),
         pytest.param("w4a8-qqq", "qqq", -1, 0.3, marks=pytest.mark.slow),
-        ("w4a8-qoq", "qoq", 32, 0.25),
+        pytest.param("w4a8-qoq", "qoq", 32, 0.25, marks=pytest.mark.slow),
         ("fp8", "rtn", -1, 0.1),
     ],
 )

@@ -64,6 +64,7 @@ def test_every_step_equals_drafting(kind):
             hidden, start = out[:, -1:], jnp.full((2,), row + 1, jnp.int32)
 
 
+@pytest.mark.slow
 def test_a_perfect_head_has_no_loss():
     """Regression vanishes where the output is the target's next feature, cross-entropy is then the entropy."""
     target = tiny.model()

@@ -133,6 +133,7 @@ def _run(trainer, target, examples, store, plan, steps_until_stop=None):
     trainer.run(target, vocab, examples, store, plan, report, lambda: None)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     target, examples = tiny.model(), _examples()
     store = _store(tmp_path / "features", target, examples)
@@ -206,6 +207,7 @@ def test_heads_learn_and_load_again(kind, options, written, tmp_path, capsys):
         _train(*flags, "--total_steps=31")
 
 
+@pytest.mark.slow
 def test_answers_are_made_once(written, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": i, "text": f"Why {i}?"} for i in range(5)]
@@ -226,6 +228,7 @@ def test_answers_are_made_once(written, tmp_path):
     assert answers.read_text() == first
 
 
+@pytest.mark.slow
 def test_the_target_can_write_its_own_prompts(tmp_path):
     template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
     folder = tmp_path / "model"

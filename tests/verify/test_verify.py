@@ -191,8 +191,7 @@ FAST = [
     ("chain", "off", 1),
     ("chain", "on", 4),
     ("tree", "on", 1),
-    ("eagle", "off", 4),
-    ("head", "off", 1),
+    ("head", "off", 4),
 ]
 SLOW = [
     (name, filters, batch)

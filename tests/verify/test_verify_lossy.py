@@ -122,7 +122,11 @@ SELF = {"kind": "self", "scheme": "w4a8"}
         pytest.param({}, True, marks=pytest.mark.slow),
         pytest.param({"temperature": 0.8}, True, marks=pytest.mark.slow),
         ({"acceptance": "relaxed"}, False),
-        ({"acceptance": verify.Typical(epsilon=0.2), "temperature": 0.8}, False),
+        pytest.param(
+            {"acceptance": verify.Typical(epsilon=0.2), "temperature": 0.8},
+            False,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
