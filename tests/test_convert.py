@@ -63,7 +63,7 @@ CASES = {
     "dense": ("--format=dense --rotate", "dense"),
 }
 # What these write is written, read and compared in the tests of their formats, too.
-SLOW = ("gptq asym", "qqq", "qoq", "w4a4", "fp4")
+SLOW = ("gptq", "gptq asym", "qqq", "qoq", "w4a4", "fp4")
 
 
 @pytest.mark.parametrize(

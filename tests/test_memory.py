@@ -181,7 +181,8 @@ def test_self_speculation_takes_no_memory():
     assert sizes["self"] <= 1.01 * sizes["none"]
 
 
-@pytest.mark.parametrize("inner", ["eagle", pytest.param("ngram", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eagle", "ngram"])
 def test_hierarchical_holds_one_cache_per_model(inner):
     """Those of the target, the intermediate model and, if it has one, the inner head; nothing else of that shape."""
     target = jax.eval_shape(lambda: prepare(llama.build(tiny.ZeroCheckpoint(CONFIG), jnp.float32)))

@@ -37,6 +37,7 @@ def _prompts(tmp_path):
         ),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurried")
 def test_the_choice_runs(drafter, tmp_path):
     content = _tune(tmp_path, *drafter, "--sizes=2,4")

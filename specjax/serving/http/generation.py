@@ -64,12 +64,16 @@ class Generation:
         self._done = False
         loop = asyncio.get_running_loop()
 
+        def arrive(event: Event) -> None:
+            # Together: who has seen the last event finds the request ended.
+            if event.finish_reason is not None:
+                ended()
+            self._events.put_nowait(event)
+
         def tell(event: Event) -> None:
             # The loop may have ended: then nobody listens.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-                if event.finish_reason is not None:
-                    loop.call_soon_threadsafe(ended)
+                loop.call_soon_threadsafe(arrive, event)
 
         runner.submit(request, tell)
 
